@@ -1,0 +1,570 @@
+"""Teaches a diffusion transformer (DiT) the data: the base model that all later stages start from.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          the forward process adds noise, t = 0 ... 999
+    L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to name the noise it sees
+
+    python diffusion.py        # BASE_COST
+
+Writes out/digits/base.safetensors (the averaged weights, with all it takes to rebuild the network) and
+base.log.jsonl. Interrupted, it goes on where it stopped: final weights are the same to the last bit.
+Sources: Ho et al. 2020 (DDPM), Peebles & Xie 2023 (DiT), Xie et al. 2023 (DiffFit).
+"""
+import functools
+import hashlib
+import io
+import json
+import math
+import pathlib
+import time
+from typing import NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp, PatchEmbed
+from torch import nn
+from tqdm import tqdm
+
+from data import (UserError, add_flags, check_settings, command, device_named, load, new_parser, one_sentence,
+                  replacing, to_float)
+
+# ----------------------------------------------------------------------------------------------------
+# 1. The noise schedule and the forward process
+
+
+class Schedule:
+    """The linear schedule: abar_t = prod_{s<=t} (1 - beta_s), beta from 1e-4 to 0.02 (Ho et al. 2020, sec. 4).
+
+    abar: (T,) float64 on the CPU, from 0.9999 (t = 0, a clean image) down to 4e-5 (t = 999, noise).
+    signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
+    """
+    T = 1000
+
+    def __init__(self, device="cpu"):
+        self.abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, self.T, dtype=torch.float64), dim=0)
+        self.signal, self.noise = self.abar.sqrt().float().to(device), (1 - self.abar).sqrt().float().to(device)
+
+    def at(self, t):
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
+        return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+
+    def q_sample(self, x0, t, eps):
+        """Noise x0 to time t (Ho et al. 2020, eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
+        signal, noise = self.at(t)
+        return signal * x0 + noise * eps
+
+    def x0_from_eps(self, xt, t, eps):
+        """The inverse of q_sample for x0: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+        signal, noise = self.at(t)
+        return (xt - noise * eps) / signal
+
+    def eps_from_x0(self, xt, t, x0):
+        """The inverse of q_sample for eps: (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
+        signal, noise = self.at(t)
+        return (xt - signal * x0) / noise
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. DiT: a transformer over patches, steered by time and class through its layer norms
+#
+# Names and shapes of all parameters are those of the published checkpoints (facts, not code).
+# B images, N tokens, D width, p pixels per token side, C channels.
+
+SIZES = {"tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+MLP_RATIO = 4
+DIFFFIT_BLOCKS = 14           # DiffFit scales the first 14 blocks only, in DiT-XL/2 as it was published
+
+
+def sincos(positions, dim):
+    """cos/sin features of scalar positions, frequencies 1 ... 1/10000: (n,) -> cos (n, dim/2), sin (n, dim/2)."""
+    steps = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
+    angles = positions[:, None] * torch.exp(-math.log(10000) * steps)       # (n, dim/2)
+    return angles.cos(), angles.sin()
+
+
+def position_table(grid, dim):
+    """Fixed 2-D positions of a (grid, grid) map: (1, grid * grid, dim); the column fills the first half."""
+    axis = torch.arange(grid, dtype=torch.float64)
+    row, column = torch.meshgrid(axis, axis, indexing="ij")                 # (grid, grid), row by row
+    halves = [torch.cat(sincos(place.flatten(), dim // 2)[::-1], dim=1) for place in (column, row)]
+    return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+def scaled(x, gamma):
+    """DiffFit's factor, where this network carries one."""
+    return x if gamma is None else gamma * x
+
+
+def modulate(x, shift, scale):
+    """What adaLN does to normalised tokens: x (B, N, D), shift and scale (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 999] -> (B, D): 256 cosines and sines, then two linear layers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(torch.cat(sincos(t, 256), dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Rows of a table, y (B,) -> (B, D). The last row means "no class" (classifier-free guidance needs it)."""
+
+    def __init__(self, classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D); DiffFit's gammas scale qkv and the output."""
+
+    def __init__(self, width, heads, difffit):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.gamma1 = nn.Parameter(torch.ones(3 * width)) if difffit else None
+        self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
+
+    def forward(self, x):
+        q, k, v = rearrange(scaled(self.qkv(x), self.gamma1), "B N (three h d) -> three B h N d", three=3, h=self.heads)
+        x = rearrange(F.scaled_dot_product_attention(q, k, v), "B h N d -> B N (h d)")
+        return scaled(self.proj(x), self.gamma2)
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: shift, scale and gate of both branches come from c (B, D).
+
+    All six start at zero, so that every block starts as the identity (Peebles & Xie 2023, sec. 3.2).
+    """
+
+    def __init__(self, width, heads, difffit):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, difffit)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, MLP_RATIO * width, act_layer=functools.partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.gamma1 = nn.Parameter(torch.ones(width)) if difffit else None
+        self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 of (B, D)
+        x = x + scaled(gate1, self.gamma1).unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + scaled(gate2, self.gamma2).unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x                                                            # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to pixels: (B, N, D) -> (B, N, p * p * out)."""
+
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)             # 2 of (B, D)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """eps_hat(x_t, t, y): x (B, C, H, W), t (B,) in [0, 999], y (B,) rows of the label table -> (B, C, H, W).
+
+    With `learned_variance` the output has 2C channels: eps, then the variance logits. With `difffit` the
+    first 14 blocks carry the scale factors (gammas) that DiffFit tunes; they start at 1 and change nothing.
+    """
+
+    def __init__(self, network, size, patch, channels, classes, learned_variance=False, difffit=False):
+        super().__init__()
+        depth, width, heads = SIZES[network]
+        if size % patch:
+            raise UserError(f"patches of {patch} pixels do not tile {size} pixels")
+        self.patch, self.grid, self.null = patch, size // patch, classes
+        self.x_embedder = PatchEmbed(size, patch, channels, width)
+        self.pos_embed = nn.Parameter(position_table(self.grid, width), requires_grad=False)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(classes, width)
+        self.blocks = nn.ModuleList(Block(width, heads, difffit and i < DIFFFIT_BLOCKS) for i in range(depth))
+        self.final_layer = FinalLayer(width, patch * patch * channels * (2 if learned_variance else 1))
+        self.initialise()
+
+    def initialise(self):
+        """Xavier everywhere, small normal tables, and zeros where adaLN-Zero and the output want them."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))            # a view: fills the weight itself
+                nn.init.zeros_(module.bias)
+        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(table.weight, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed                             # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        for block in self.blocks:
+            x = block(x, c)                                                 # (B, N, D)
+        x = self.final_layer(x, c)                                          # (B, N, p * p * out)
+        return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
+
+
+def difffit_parameters(model):
+    """Names of what DiffFit tunes: biases, norms, gammas and the label table (Xie et al. 2023)."""
+    return [name for name, _ in model.named_parameters()
+            if any(part in name for part in ("bias", "norm", "gamma", "y_embed"))]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The loss
+
+
+class Denoised(NamedTuple):
+    """One training example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W), the last two with gradients."""
+    loss: torch.Tensor
+    xt: torch.Tensor
+    eps_hat: torch.Tensor
+    x0_hat: torch.Tensor
+
+
+def denoising_loss(model, schedule, x0, y, t, eps):
+    """mean_{C,H,W} (eps - eps_hat)^2 per image (Ho et al. 2020, eq. 14), and the one-step guess at x0.
+
+    x0, eps (B, C, H, W); y (B,) label rows; t (B,) int64 in 0..999. x0_hat is neither clipped nor detached:
+    the min-max losses send their gradient through it.
+    """
+    xt = schedule.q_sample(x0, t, eps)
+    eps_hat = model(xt, t.float(), y)[:, :x0.shape[1]]                      # without variance logits
+    loss = (eps - eps_hat).pow(2).mean(dim=(1, 2, 3))                       # (B,)
+    return Denoised(loss, xt, eps_hat, schedule.x0_from_eps(xt, t, eps_hat))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Averaged weights
+
+
+def ema_decay(step, decay):
+    """Warm-up of the average: the first steps, far from the solution, are forgotten sooner."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def ema_update(average, weights, decay):
+    """average <- decay * average + (1 - decay) * weights, in place, over two dicts of the same tensors."""
+    torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], 1 - decay)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. Checkpoints: one .safetensors file, tensors and a JSON header
+
+
+def fingerprint(tensors):
+    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_state(path, state):
+    """Writes plain data and tensors to `path`, whole or not at all; torch.load(weights_only=True) reads it."""
+    buffer = io.BytesIO()                                       # a full disk is then an OSError, with its reason
+    torch.save(state, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def save_checkpoint(path, tensors, header):
+    """Writes {name: tensor} and a JSON header (its fingerprint added) to `path`, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {**header, "fingerprint": fingerprint(tensors)}
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"nanodd": json.dumps(header)}))
+    return header
+
+
+def read_header(path):
+    """The JSON header of a checkpoint. Raises UserError where it is none of ours."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["nanodd"])
+    except (safetensors.SafetensorError, TypeError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint of nanoDD ({error})") from error
+
+
+def load_tensors(path):
+    """The {name: tensor} of a checkpoint, on the CPU. Raises UserError where the file is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint -> (DiT in eval mode, header); a fine-tuned one is laid over the base that it names.
+
+    The header's "weights" then identifies all of the network's tensors, its base's among them.
+    Raises UserError where the base is gone or another one, or a tensor is missing, extra or of another shape.
+    """
+    path = pathlib.Path(path)
+    header = read_header(path)
+    header["weights"] = header["fingerprint"]
+    tensors = load_tensors(path)
+    if "base" in header:
+        header["weights"] += "+" + header["base"]["fingerprint"]
+        base = path.parent / header["base"]["file"]
+        if not base.is_file():
+            raise UserError(f"{path} was tuned from {base}, which is gone")
+        if read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
+            raise UserError(f"{base} is another base model than the one {path} was tuned from")
+        tensors = {**load_tensors(base), **tensors}
+    model = DiT(**header["config"])
+    fit_tensors(model, tensors, path)
+    return model.to(device).eval(), header
+
+
+def fit_tensors(model, tensors, path):
+    """Loads {name: tensor} strictly; only DiffFit's gammas may be missing (they start at 1)."""
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in tensors and "gamma" not in name]
+    wrong = [name for name in tensors if name not in wanted or tensors[name].shape != wanted[name].shape]
+    if missing or wrong:
+        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing or of another shape")
+    model.load_state_dict({**wanted, **tensors})
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. The training loop, for the base model and for fine-tuning
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    """A permutation of 0..n-1, a function of (seed, epoch)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_index(n, batch, step, seed):
+    """Which images step number `step` sees: (batch,) of 0..n-1, each image once an epoch."""
+    first = step * batch
+    epochs = range(first // n, (first + batch - 1) // n + 1)
+    stream = torch.cat([shuffled(n, seed, epoch) for epoch in epochs])
+    return stream[first - epochs[0] * n:][:batch]
+
+
+def draw(train, batch, step, seed, flip, rows):
+    """All that is random in a training step, as a function of (seed, step): nothing to save, nothing to restore.
+
+    train: ImageSet on the device. rows: (K + 1,) label-table rows of the classes, "no class" last.
+    Returns x0 (B, C, H, W) in [-1, 1], labels (B,), y (B,) rows of which one in ten says "no class",
+    t (B,) in 0..999, eps (B, C, H, W).
+    """
+    device = train.images.device
+    chance = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**32)
+    index = batch_index(len(train.labels), batch, step, seed).to(device)
+    x0, labels = to_float(train.images[index]), train.labels[index]
+    if flip:
+        mirrored = torch.rand(batch, generator=chance, device=device) < 0.5
+        x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(3), x0)
+    dropped = torch.rand(batch, generator=chance, device=device) < 0.1
+    y = torch.where(dropped, rows[-1], rows[labels])
+    t = torch.randint(Schedule.T, (batch,), generator=chance, device=device)
+    eps = torch.randn(x0.shape, generator=chance, device=device)
+    return x0, labels, y, t, eps
+
+
+class Plan(NamedTuple):
+    """How long, how fast: what a training run is, beside the network and the data."""
+    steps: int
+    batch: int
+    lr: float                 # AdamW, no weight decay
+    decay: bool               # True: the rate falls to zero along half a cosine; False: constant, as in Gu et al.
+    ema: float
+    seed: int
+    flip: bool
+
+    def lr_at(self, step):
+        """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
+        if not self.decay:
+            return self.lr
+        warm = max(1, self.steps // 20)
+        rest = max(0.0, (step - warm) / max(1, self.steps - warm))
+        return self.lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * rest))
+
+
+class Trainer:
+    """The weights that require a gradient, their average, the optimizer: all that a training step changes.
+
+    train: ImageSet on the device. rows: (K,) label-table row of each class. extra: None, or the min-max losses,
+    extra(denoised, x0, labels) -> (scalar to add to L_diff, {name: number}), with a state of its own.
+    """
+
+    def __init__(self, model, train, rows, plan, extra=None):
+        self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
+        self.schedule = Schedule(train.images.device)
+        self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                           fused=True)
+
+    def step(self, step):
+        """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
+        plan = self.plan
+        x0, labels, y, t, eps = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
+        denoised = denoising_loss(self.model, self.schedule, x0, y, t, eps)
+        total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
+        if self.extra is not None:
+            added, terms = self.extra(denoised, x0, labels)
+            total, report = total + added, {**report, **terms}
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr_at(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        ema_update(self.average, self.tuned, ema_decay(step, plan.ema))
+        return report
+
+    def state_dict(self):
+        return {"tuned": {name: p.detach() for name, p in self.tuned.items()}, "average": self.average,
+                "optimizer": self.optimizer.state_dict(),
+                "extra": self.extra.state_dict() if self.extra is not None else None}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for mine, saved in ((self.tuned, state["tuned"]), (self.average, state["average"])):
+            for name, tensor in mine.items():
+                tensor.copy_(saved[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.extra is not None:
+            self.extra.load_state_dict(state["extra"])
+
+
+SAVE_EVERY = 10               # seconds between saved states, or a twentieth of the time where saving is slow
+
+
+def fit(trainer, path, header):
+    """Trains to the plan's end and writes the average to `path`; goes on from where an interrupted run was.
+
+    What resuming needs lies in NAME.resume.pt until the end, the losses in NAME.log.jsonl (means since the line
+    before). Raises UserError where a loss is not finite; nothing of such a run is kept.
+    """
+    path, plan = pathlib.Path(path), trainer.plan
+    resume = path.with_suffix(".resume.pt")
+    start, seconds, sums, log = 0, 0.0, {}, []
+    if resume.exists():
+        state = torch.load(resume, map_location=trainer.rows.device, weights_only=True)
+        check_settings(state["settings"], header["settings"], resume)
+        start, seconds, sums, log = state["step"], state["seconds"], state["sums"], state["log"]
+        trainer.load_state_dict(state["trainer"])
+        print(f"going on from step {start}")
+    line_every = max(1, plan.steps // 10)
+    saved, save_cost = time.monotonic(), 0.0
+    began = saved - seconds
+    with tqdm(total=plan.steps, initial=start, disable=None, leave=False, unit="step") as bar:
+        for step in range(start, plan.steps):
+            for name, value in trainer.step(step).items():
+                sums[name] = sums.get(name, 0.0) + value
+            bar.update()
+            done, now = step + 1, time.monotonic()
+            line_due = done % line_every == 0 or done == plan.steps
+            save_due = now - saved > max(SAVE_EVERY, 20 * save_cost) and done < plan.steps
+            if not line_due and not save_due:
+                continue
+            if not all(math.isfinite(float(value)) for value in sums.values()):
+                raise UserError(f"the loss is not finite between steps {max(0, done - line_every)} and {done}: try a smaller "
+                                f"learning rate; {path} is untouched")
+            if line_due:
+                count = done % line_every or line_every
+                log.append({"step": done, **{name: float(value) / count for name, value in sums.items()},
+                            "seconds": now - began})
+                speed = (done - start) / (now - began - seconds)
+                bar.write(f"step {done}/{plan.steps} | "
+                          + " | ".join(f"{name} {float(value) / count:.4f}" for name, value in sums.items())
+                          + f" | {speed:.1f} it/s | eta {(plan.steps - done) / speed:.0f}s")
+                sums = {}
+                with replacing(path.with_suffix(".log.jsonl")) as temporary:
+                    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            if save_due:
+                save_state(resume, {"step": done, "seconds": now - began, "settings": header["settings"],
+                                    "sums": sums, "log": log, "trainer": trainer.state_dict()})
+                saved = time.monotonic()
+                save_cost = saved - now
+    kept = trainer.average if "base" in header else {**trainer.model.state_dict(), **trainer.average}
+    save_checkpoint(path, kept, {**header, "step": plan.steps})
+    resume.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 7. The base model
+
+
+def new_header(data, config, settings, typed):
+    """What every checkpoint says of itself: how to rebuild the network, and where it came from."""
+    rows = list(range(len(data.train.classes) + 1))             # label-table row of each class, "no class" last
+    return {"config": config, "schedule": "linear", "data": data.name, "classes": data.train.classes,
+            "rows": rows, "guidance": data.recipe.guidance, "settings": settings, "command": typed}
+
+
+def finished(path, settings, overwrite):
+    """True where `path` already holds the result of these settings; refuses one of other settings.
+
+    With `overwrite` a result, or the state of an interrupted run, of other settings is removed first.
+    """
+    if not path.exists():
+        return False
+    found = read_header(path)["settings"]
+    if overwrite and found != settings:
+        path.unlink()
+        return False
+    check_settings(found, settings, path)
+    print(f"{path} is finished (same settings): left as it is")
+    return True
+
+
+def train_base(data, path, *, steps, seed, device, overwrite, typed):
+    """Trains the base model of `data` (a Data) by its recipe and writes it to `path`."""
+    recipe, train = data.recipe, data.train
+    config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch, "channels": recipe.channels,
+              "classes": len(train.classes)}
+    plan = Plan(steps, recipe.batch, recipe.lr, True, recipe.ema, seed, recipe.flip)
+    settings = {**config, **plan._asdict(), "images": len(train.labels)}
+    if finished(path, settings, overwrite):
+        return
+    torch.manual_seed(seed)                                     # the initial weights
+    model = DiT(**config).to(device)
+    header = new_header(data, config, settings, typed)
+    print(f"base model | {data.name} | device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
+          f"parameters | {len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
+    fit(Trainer(model, train.to(device), torch.tensor(header["rows"], device=device), plan), path, header)
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    add_flags(parser)
+    parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier "
+                                                  "(default: the recipe's)")
+    args = parser.parse_args(argv)
+    with one_sentence(parser):
+        data = load(args.data, args.root, args.recipe, args.validation)
+        steps = data.recipe.steps if args.steps is None else args.steps
+        if steps < 1:
+            raise UserError(f"--steps must be at least 1, not {steps}")
+        path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
+        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
+                   overwrite=args.overwrite, typed=command(__file__, argv))
+        print(f"saved {path} -> python minimax.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the min-max losses remember: a few detached embeddings per class, and a rule for which to forget.
+
+    fifo    the oldest goes                                                      (Gu et al. 2024)
+    max     the entry most similar to all the others goes: argmax_j sum_k cos(m_j, m_k), again and again,
+            until the rest fits                            (Li et al. 2025, self-adaptive memory, eq. 7, 8)
+    min     the least similar one goes; only there to show that it is worse                   (their Table 3)
+
+A generator learns to stay close to the real memory and away from its own. What is forgotten therefore decides
+what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that was ever seen.
+
+    python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
+"""
+import torch
+import torch.nn.functional as F
+
+from data import UserError, new_parser, one_sentence
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Which entries stay: (m, D) and M -> (min(m, M), D), the order of arrival kept
+
+
+def keep_newest(entries, slots):
+    """First in, first out."""
+    return entries[-slots:]
+
+
+def drop_by_similarity(entries, slots, most):
+    """While over `slots`, drops the entry with the largest (most=True) or smallest summed cosine to the others.
+
+    The sums are taken anew after each drop, or a pair of twins would go together. They are rounded, so that
+    equal entries tie in spite of the last digit, and the oldest of a tie goes.
+    """
+    unit = F.normalize(entries.double(), dim=1)
+    similarity = unit @ unit.T                                              # (m, m)
+    kept = torch.arange(len(entries), device=entries.device)
+    while len(kept) > slots:
+        degree = similarity[kept][:, kept].sum(dim=1).round(decimals=9)     # (m,)
+        drop = degree.argmax() if most else degree.argmin()                 # the first of equals
+        kept = torch.cat([kept[:drop], kept[drop + 1:]])
+    return entries[kept]
+
+
+POLICIES = {
+    "fifo": keep_newest,
+    "max": lambda entries, slots: drop_by_similarity(entries, slots, most=True),
+    "min": lambda entries, slots: drop_by_similarity(entries, slots, most=False),
+}
+
+
+def policies(name):
+    """--memory's word -> (rule for the real memory, rule for the generated one).
+
+    "fifo", "adaptive" (the paper's pair: max, max), or two rules with a comma between: "max,min".
+    """
+    pair = {"fifo": ("fifo", "fifo"), "adaptive": ("max", "max")}.get(name) or tuple(name.split(","))
+    if len(pair) != 2 or any(rule not in POLICIES for rule in pair):
+        raise UserError(f"--memory {name} is none of fifo, adaptive, or REAL,GENERATED out of {', '.join(POLICIES)}")
+    return pair
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The memory
+
+
+class Memory:
+    """For each class label at most `slots` detached embeddings of D numbers, in order of arrival."""
+
+    def __init__(self, slots, policy):
+        self.slots, self.keep, self.entries = slots, POLICIES[policy], {}
+
+    def get(self, label):
+        """(m, D), m <= slots, or None where nothing of the class was ever pushed."""
+        return self.entries.get(label)
+
+    def push(self, label, items):
+        """Appends items (n, D), then forgets by the policy: a newcomer may be the first to go."""
+        items = items.detach()
+        held = self.get(label)
+        grown = items if held is None else torch.cat([held, items])         # (m + n, D)
+        self.entries[label] = self.keep(grown, self.slots).clone()
+
+    def state_dict(self):
+        return dict(self.entries)
+
+    def load_state_dict(self, state):
+        self.entries = dict(state)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. A demonstration
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("--slots", type=int, default=64, help="entries per class (default: %(default)s)")
+    args = parser.parse_args(argv)
+    with one_sentence(parser):
+        if args.slots < 1:
+            raise UserError(f"--slots must be at least 1, not {args.slots}")
+        generator = torch.Generator().manual_seed(0)
+        memories = {name: Memory(args.slots, name) for name in POLICIES}
+        for _ in range(50):                                     # 50 batches of 8, one item in ten is of the rare mode
+            rare = torch.rand(8, generator=generator) < 0.1
+            items = torch.randn(8, 16, generator=generator)
+            items[:, 0] += torch.where(rare, -6.0, 6.0)
+            for memory in memories.values():
+                memory.push(0, items)
+        for name, memory in memories.items():
+            held = memory.get(0)
+            print(f"{name:4} | {len(held)} slots | {int((held[:, 0] < 0).sum()):2} of the rare mode, "
+                  f"which is a tenth of the stream")
+        print("-> python minimax.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""Draws the distilled set from a checkpoint, in few steps and, if you like, inside a time budget.
+
+    DDIM  x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma noise
+    DDPM  x_prev = posterior mean of (x0_hat, x_t) + posterior deviation * noise
+
+    python sample.py --steps 10              # SAMPLE_COST
+    python sample.py --steps 10 --seconds 10 # as many as ten seconds allow
+
+Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Writes
+out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. An image
+depends on (checkpoint, sampler, steps, grid, guidance, seed, class, index) alone, so that a run which was
+stopped goes on to the same bytes, and --ipc 5 is the first half of --ipc 10.
+Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Ho & Salimans 2022 (guidance).
+"""
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from data import (UserError, add_flags, check_settings, command, data_name, device_named, new_parser,
+                  one_sentence, open_image, replacing, to_uint8, write_png)
+from diffusion import Schedule, load_model
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Grids: at which t the network is asked, S times of T = 1000
+
+
+def timesteps(steps, grid="uniform", T=Schedule.T):
+    """S distinct timesteps, falling; every grid starts at T - 1, where x_t is noise.
+
+    uniform: T - 1 to 0 in equal steps (DiT's respacing). quadratic: equal in sqrt(t), denser near the image.
+    trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
+    Raises UserError where steps is outside 1..T or the grid has fewer than S distinct times.
+    """
+    if not 1 <= steps <= T:
+        raise UserError(f"--steps must be between 1 and {T}, not {steps}")
+    if steps == 1:
+        return [T - 1]
+    if grid == "uniform":
+        times = [round(k * (T - 1) / (steps - 1)) for k in range(steps)]
+    elif grid == "quadratic":
+        times = [round((k / (steps - 1)) ** 2 * (T - 1)) for k in range(steps)]
+    elif grid == "trailing":
+        times = [round((k + 1) * T / steps) - 1 for k in range(steps)]
+    else:
+        raise UserError(f"--grid {grid} is none of uniform, quadratic, trailing")
+    if len(set(times)) < steps:
+        raise UserError(f"the {grid} grid has no {steps} distinct timesteps: use --grid uniform, or fewer steps")
+    return times[::-1]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. One step back: x_t -> x_prev
+#
+# abar and abar_prev (floats, abar < abar_prev <= 1) belong to this t and to the next smaller one of the grid;
+# abar_prev = 1 is the last step, where both return x0_hat and add no noise.
+
+
+def ddim_step(xt, x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
+    """Song et al. 2021, eq. 12. eta = 0 is deterministic, eta = 1 has DDPM's variance."""
+    sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
+    return math.sqrt(abar_prev) * x0_hat + math.sqrt(max(0.0, 1 - abar_prev - sigma**2)) * eps_hat + sigma * noise
+
+
+def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
+    """Ho et al. 2020, eq. 6 and 7, with the betas of the grid: beta = 1 - abar / abar_prev.
+
+    Without `logits` the variance is the posterior's; with them (B, C, H, W) its logarithm lies between the
+    posterior's (-1) and beta's (+1) (Nichol & Dhariwal 2021, eq. 15).
+    """
+    beta = 1 - abar / abar_prev
+    mean = (beta * math.sqrt(abar_prev) * x0_hat + (1 - abar_prev) * math.sqrt(1 - beta) * xt) / (1 - abar)
+    variance = beta * (1 - abar_prev) / (1 - abar)
+    if variance == 0:
+        return mean
+    if logits is None:
+        return mean + math.sqrt(variance) * noise
+    share = (logits + 1) / 2
+    return mean + torch.exp(0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))) * noise
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. From noise to image
+
+
+def guided(model, rows, null, guidance):
+    """(x, t) -> (eps, variance logits or None), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
+
+    eps = eps_u + guidance (eps_c - eps_u) on all channels; both halves run as one batch. guidance = 1 is the
+    conditional model, and the unconditional half is not computed. rows: (B,) label-table rows.
+    """
+    def predict(x, t):
+        C = x.shape[1]
+        if guidance == 1:
+            out = model(x, torch.full((len(x),), float(t), device=x.device), rows)
+            eps, logits = out[:, :C], out[:, C:]
+        else:
+            both = torch.cat([rows, torch.full_like(rows, null)])           # (2B,)
+            out = model(torch.cat([x, x]), torch.full((2 * len(x),), float(t), device=x.device), both)
+            conditional, unconditional = out.chunk(2)
+            eps = unconditional[:, :C] + guidance * (conditional[:, :C] - unconditional[:, :C])
+            logits = conditional[:, C:]
+        return eps, logits if logits.shape[1] else None
+    return predict
+
+
+@torch.no_grad()
+def draw_images(predict, noise, times, sampler="ddim", eta=0.0):
+    """Runs a sampler along `times`: (B, C, H, W) float, unclipped.
+
+    predict: (x, t) -> (eps, variance logits or None). noise: k -> (B, C, H, W) standard normal, the start for
+    k = 0 and the noise of step k after that; asked only for what the sampler uses.
+    """
+    abar = Schedule().abar.tolist()
+    x = noise(0)
+    for k, t in enumerate(times):
+        now, previous = abar[t], abar[times[k + 1]] if k + 1 < len(times) else 1.0
+        eps, logits = predict(x, t)
+        x0_hat = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+        random = sampler == "ddpm" or eta > 0
+        fresh = noise(k + 1) if random and previous < 1 else 0.0
+        if sampler == "ddpm":
+            x = ddpm_step(x, x0_hat, now, previous, fresh, logits)
+        else:
+            x = ddim_step(x, x0_hat, eps, now, previous, fresh, eta)
+    return x
+
+
+def image_noise(seed, names, shape, device):
+    """All the noise of some images, each from its own CPU generator: k -> (B, *shape).
+
+    names: (class name, index) of each image. An image's noise is the same alone or in any batch.
+    """
+    digests = [hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest() for name, index in names]
+    generators = [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
+
+    def noise(k):
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    return noise
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The order of the work, and where images are kept
+#
+# Image number p is of class p mod K, index p div K: rounds of one image a class, so that any stop leaves a
+# balanced set. A block is `batch` numbers in a row, drawn as one batch and always as a whole.
+
+
+def block(number, batch, classes, total=math.inf):
+    """The (label, index) of each image in block `number`, of `total` images in all; empty behind the last."""
+    first, last = number * batch, min((number + 1) * batch, total)
+    return [(p % classes, p // classes) for p in range(first, last)] if first < last else []
+
+
+class PngFolder:
+    """distilled/<class>/00000.png ...: torchvision's ImageFolder, and what any image viewer shows."""
+
+    def __init__(self, out, classes):
+        self.path, self.classes = out / "distilled", classes
+
+    def file(self, label, index):
+        return self.path / self.classes[label] / f"{index:05}.png"
+
+    def has(self, items):
+        return all(self.file(*item).is_file() for item in items)
+
+    def write(self, items, images):
+        for item, image in zip(items, images):
+            write_png(self.file(*item), image)
+
+    def finish(self, items):
+        """Removes what is not one of `items`: the round that a budget cut off."""
+        for extra in set(self.path.glob("*/*.png")) - {self.file(*item) for item in items}:
+            extra.unlink()
+
+    def images(self, items):
+        return torch.stack([open_image(self.file(*item), channels=None) for item in items])
+
+    def remove(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class NpzFile:
+    """distilled.npz (images, labels, classes), for sets too large for a file per image; its blocks wait beside it."""
+
+    def __init__(self, out, classes):
+        self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
+
+    def part(self, items):
+        return self.parts / f"{items[0][1] * len(self.classes) + items[0][0]:09}-{len(items)}.npy"
+
+    def has(self, items):
+        return self.part(items).is_file()
+
+    def write(self, items, images):
+        with replacing(self.part(items)) as temporary, open(temporary, "wb") as file:
+            np.save(file, images.numpy())
+
+    def finish(self, items):
+        """Joins the blocks, in the order of the images, and cuts off what is behind `items`."""
+        images = np.concatenate([np.load(part) for part in sorted(self.parts.iterdir())])[:len(items)]
+        with replacing(self.path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
+        shutil.rmtree(self.parts)
+
+    def images(self, items):
+        with np.load(self.path) as arrays:
+            return torch.from_numpy(arrays["images"][[index * len(self.classes) + label for label, index in items]])
+
+    def remove(self):
+        shutil.rmtree(self.parts, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. A distilled set, to a number of images or to the end of a budget
+
+
+def distil(draw, store, record, total, budget, batch, save):
+    """Draws block after block into `store` until `total` images exist or the next block would pass `budget`.
+
+    draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from the
+    first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
+    Returns the (label, index) of the images of all complete rounds.
+    """
+    K, done, number, longest = len(record["classes"]), 0, 0, 0.0
+    while (items := block(number, batch, K, total)) and store.has(items):
+        done, number = done + len(items), number + 1
+    began = time.monotonic() - record["seconds"]
+    with tqdm(total=None if math.isinf(total) else total, initial=done, disable=None, leave=False) as bar:
+        while items := block(number, batch, K, total):
+            started = time.monotonic()
+            if started - began + longest > budget and done > 0:
+                break
+            store.write(items, draw(items))
+            done, number = done + len(items), number + 1
+            record["seconds"] = time.monotonic() - began
+            longest = max(longest, time.monotonic() - started)
+            save(record)
+            bar.update(len(items))
+    if done < K:
+        raise UserError(f"{record['seconds']:.1f} seconds gave {done} images, and one of each of the {K} classes "
+                        f"is the least: raise --seconds")
+    return block(0, done // K * K, K)
+
+
+def contact_sheet(images, columns, path):
+    """images (rows * columns, C, H, W) uint8 -> one picture, enlarged to be seen: a row for each class."""
+    zoom = max(1, 40 // images.shape[-1])
+    sheet = make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
+    write_png(path, sheet)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. The driver
+
+
+def checked(args):
+    """Refuses numbers that make no sense. Returns (images per class or inf, seconds or inf)."""
+    budget = args.seconds if args.seconds is not None else None if args.minutes is None else 60 * args.minutes
+    if sum(value is not None for value in (args.ipc, args.seconds, args.minutes)) > 1:
+        raise UserError("--ipc, --seconds and --minutes exclude each other")
+    if args.ipc is not None and args.ipc < 1:
+        raise UserError(f"--ipc must be at least 1, not {args.ipc}")
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"the budget must be a positive time, not {budget:g} seconds")
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {args.batch}")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance must be a number, not {args.guidance}")
+    if budget is None:
+        return args.ipc or 10, math.inf
+    return math.inf, budget
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    add_flags(parser, recipe=False)
+    parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
+                        help="what to sample from (default: out/NAME/minimax.safetensors)")
+    parser.add_argument("--steps", type=int, default=10, help="network calls per image (default: %(default)s)")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
+    parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing"), default="quadratic",
+                        help="where in t the steps lie (default: %(default)s)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
+                                                       "(default: the recipe's)")
+    parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
+    parser.add_argument("--seconds", type=float, help="instead: as many complete rounds as fit into this time")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument("--batch", type=int, default=100, help="less needs less memory (default: %(default)s)")
+    parser.add_argument("--npz", action="store_true", help="one distilled.npz instead of a file for each image")
+    args = parser.parse_args(argv)
+    with one_sentence(parser):
+        run(args, command(__file__, argv))
+
+
+def open_record(args, settings, fresh, store, path):
+    """The record to go on with: the one at `path` if its settings are the same, else `fresh`; refuses others'."""
+    if not path.is_file():
+        if store.path.exists() and not args.overwrite:
+            raise UserError(f"{store.path} is there, but no {path.name} says what it is: choose --out ELSEWHERE, "
+                            f"or --overwrite to replace it")
+        store.remove()
+        return fresh
+    found = json.loads(path.read_text())
+    if found["settings"] == settings:
+        return found
+    if not args.overwrite:
+        check_settings(found["settings"], settings, path)
+    path.unlink()
+    store.remove()
+    return fresh
+
+
+def run(args, typed):
+    """Everything after the command line was read."""
+    ipc, budget = checked(args)
+    times, device = timesteps(args.steps, args.grid), device_named(args.device)
+    name = data_name(args.data, args.root, args.validation)
+    home = pathlib.Path("out", name)
+    checkpoint, out = args.checkpoint or home / "minimax.safetensors", args.out or home
+    if not checkpoint.is_file():
+        makes = "python minimax.py" + ("" if args.data == "digits" else f" --data {args.data}")
+        raise UserError(f"there is no {checkpoint}: {makes} makes one")
+    model, header = load_model(checkpoint, device)
+    if header["data"] != name:
+        raise UserError(f"{checkpoint} is of the data set {header['data']}, not {name}: say which with --data")
+    guidance = header["guidance"] if args.guidance is None else args.guidance
+    classes, size = header["classes"], header["config"]["size"]
+    settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
+                "eta": args.eta, "guidance": guidance, "seed": args.seed, "batch": args.batch, "npz": args.npz}
+    store, record_path = (NpzFile if args.npz else PngFolder)(out, classes), out / "distilled.json"
+    record = open_record(args, settings, {"settings": settings, "data": name, "classes": classes, "ipc": 0,
+                                          "budget": 0.0, "seconds": 0.0, "command": typed}, store, record_path)
+    print(f"{checkpoint} | {name} | device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
+          f"parameters | {args.sampler}, {args.steps} steps, {args.grid} grid | guidance {guidance:g} | "
+          f"seed {args.seed}")
+    if record["ipc"] >= ipc or record["budget"] >= budget:
+        print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
+        return
+
+    def draw(items):
+        rows = torch.tensor([header["rows"][label] for label, _ in items], device=device)
+        noise = image_noise(args.seed, [(classes[label], index) for label, index in items],
+                            (header["config"]["channels"], size, size), device)
+        x = draw_images(guided(model, rows, header["rows"][-1], guidance), noise, times, args.sampler, args.eta)
+        if not x.isfinite().all():
+            raise UserError(f"{checkpoint} draws images that are not finite: a smaller --guidance may help")
+        return to_uint8(x).cpu()
+
+    def save(record):
+        with replacing(record_path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    save(record)
+    items = distil(draw, store, record, ipc * len(classes), budget, args.batch, save)
+    store.finish(items)
+    record["ipc"] = len(items) // len(classes)
+    record["budget"] = max(record["budget"], 0.0 if math.isinf(budget) else budget)
+    save(record)
+    calls = args.steps * (1 if guidance == 1 else 2)
+    print(f"{len(items)} images | {record['ipc']} a class | {record['seconds']:.1f} s | "
+          f"{len(items) * calls:,} network evaluations ({calls} an image)")
+    columns = min(10, record["ipc"])
+    shown = [(label, index) for label in range(min(20, len(classes))) for index in range(columns)]
+    contact_sheet(store.images(shown), columns, out / "distilled.png")
+    print(f"saved {store.path} and {out / 'distilled.png'} -> python train_eval.py")
+
+
+if __name__ == "__main__":
+    main()

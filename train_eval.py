@@ -1,0 +1,212 @@
+"""Trains a judge on a small training set, tests it on the real images: what a distilled set is worth.
+
+    python train_eval.py                            # EVAL_COST
+    python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
+
+The judge (ConvNetD3-W128) sees the training set alone: SGD 0.01, momentum 0.9, weight decay 5e-4, a tenth of
+the rate and a fresh optimizer after half of the epochs, one random family of augmentations per batch. The
+number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation over n
+runs (a new judge each, and a new draw for "random"); the best epoch stands beside it because others report it.
+Prints a table; appends each row to out/digits/results.jsonl.
+Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024).
+"""
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from torchvision.transforms.functional import InterpolationMode, resize
+from tqdm import tqdm
+
+from convnet import ConvNet
+from data import (ImageSet, UserError, add_flags, command, device_named, load, new_parser, one_sentence, read_set)
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Differentiable siamese augmentation (DSA), as the challenge uses it: whole batches, new numbers per image
+#
+# x (B, C, H, W) is normalised, so the zeros that fill are the mean colour (digits: the background).
+
+
+def color(x, g):
+    """Brightness, then saturation, then contrast (DSA's strengths 1, 2 and 0.5)."""
+    u = torch.rand(3, len(x), 1, 1, 1, generator=g, device=x.device)        # (3, B, 1, 1, 1)
+    x = x + (u[0] - 0.5)
+    grey = x.mean(dim=1, keepdim=True)                                      # (B, 1, H, W)
+    x = (x - grey) * (2 * u[1]) + grey
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)                              # (B, 1, 1, 1)
+    return (x - mean) * (u[2] + 0.5) + mean
+
+
+def crop(x, g):
+    """Shifts by up to an eighth of the size in both directions, zeros following."""
+    B, _, H, W = x.shape
+    s = int(H * 0.125 + 0.5)
+    dy, dx = torch.randint(0, 2 * s + 1, (2, B, 1), generator=g, device=x.device)
+    rows, columns = torch.arange(H, device=x.device) + dy, torch.arange(W, device=x.device) + dx  # (B, H), (B, W)
+    padded = F.pad(x, (s, s, s, s)).permute(0, 2, 3, 1)                     # (B, H + 2s, W + 2s, C)
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutout(x, g):
+    """Zeroes a box half the size wide whose centre is anywhere in the image, so part of it may lie outside."""
+    B, _, H, W = x.shape
+    half, even = int(H * 0.5 + 0.5) // 2, 1 - int(H * 0.5 + 0.5) % 2
+    cy, cx = torch.randint(0, H + even, (2, B, 1), generator=g, device=x.device)
+    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    in_rows = (rows >= cy - half) & (rows < cy + half + 1 - even)           # (B, H)
+    in_columns = (columns >= cx - half) & (columns < cx + half + 1 - even)  # (B, W)
+    return x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
+
+
+def flip(x, g):
+    """Mirrors half of the images."""
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device) < 0.5
+    return torch.where(mirrored, x.flip(3), x)
+
+
+def warp(x, matrix):
+    """Samples x at matrix (B, 2, 2) times the centred coordinates, bilinear, zeros outside."""
+    theta = torch.cat([matrix, torch.zeros_like(matrix[:, :, :1])], dim=2)  # (B, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
+def scale(x, g):
+    """Stretches width and height by factors in [1/1.2, 1.2], independently."""
+    low, high = 1 / 1.2, 1.2
+    factors = torch.rand(len(x), 2, generator=g, device=x.device) * (high - low) + low
+    return warp(x, torch.diag_embed(factors))
+
+
+def rotate(x, g):
+    """Turns by up to 15 degrees."""
+    angle = (torch.rand(len(x), generator=g, device=x.device) - 0.5) * 2 * math.radians(15)
+    c, s = angle.cos(), angle.sin()
+    return warp(x, torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1))
+
+
+FAMILIES = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
+
+
+def dsa(x, families, g):
+    """One of `families` (names), drawn for the batch; its parameters are drawn for each image."""
+    choice = int(torch.randint(len(families), (), generator=g, device=x.device))
+    return FAMILIES[families[choice]](x, g)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The judge's training
+
+
+def normalise(images, recipe):
+    """uint8 (N, C, H, W) -> float (N, C, judge_size, judge_size), (pixel / 255 - mean) / std."""
+    if images.shape[-1] != recipe.judge_size:
+        images = resize(images, recipe.judge_size, InterpolationMode.BICUBIC)
+    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
+    return (images.float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def accuracy(judge, x, labels):
+    """Percent of x (N, C, H, W), normalised, that the judge names right."""
+    right = sum(int((judge(part).argmax(1) == y).sum()) for part, y in zip(x.split(512), labels.split(512)))
+    return 100 * right / len(labels)
+
+
+def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10, bf16=False):
+    """A fresh ConvNetD3-W128 trained on `train`, tested on `test` (ImageSets on one device).
+
+    Returns (judge, accuracies): percent on `test`, at `curve` epochs evenly spread; the last is the last epoch's.
+    The same seed gives the same weights, batches and augmentations.
+    """
+    device = train.images.device
+    g = torch.Generator(device).manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = ConvNet(recipe.judge_size, recipe.channels, len(train.classes)).to(device)
+    x, x_test = normalise(train.images, recipe), normalise(test.images, recipe)
+    families = recipe.augment.split("_")
+    looks = {round((i + 1) * epochs / curve) - 1 for i in range(curve)} | {epochs - 1}
+    accuracies = []
+    for epoch in range(epochs):
+        if epoch == 0 or epoch == epochs // 2 + 2:
+            rate = lr if epoch == 0 else lr * 0.1
+            optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+        order = torch.randperm(len(x), generator=g, device=device)
+        for index in order.split(batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(judge(dsa(x[index], families, g)), train.labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        if epoch in looks:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                accuracies.append(accuracy(judge, x_test, test.labels))
+    return judge, accuracies
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Training sets to compare with: ipc images a class, out of the real ones
+#
+# Each is (train, ipc, features, generator) -> ImageSet; features(x) are those of a judge trained on all of it.
+
+
+def by_class(choose):
+    """Makes a selector of a whole set out of choose(features (n, F), ipc, g) -> (ipc,) positions in one class."""
+    def select(train, ipc, features, g):
+        index = []
+        for c in range(len(train.classes)):
+            mine = (train.labels == c).nonzero().squeeze(1)                 # (n,)
+            if len(mine) < ipc:
+                raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+            index.append(mine[choose(features[mine], ipc, g).to(mine.device)])
+        return train.pick(torch.cat(index))
+    return select
+
+
+def choose_random(features, ipc, g):
+    """ipc of n at random."""
+    return torch.randperm(len(features), generator=g)[:ipc]
+
+
+def choose_herding(features, ipc, g):
+    """Greedily keeps the mean of the chosen close to the mean of all (Welling 2009): (n, F) -> (ipc,)."""
+    mean, total, chosen = features.mean(dim=0), torch.zeros_like(features[0]), []
+    for k in range(ipc):
+        distance = ((total + features) / (k + 1) - mean).norm(dim=1)        # (n,)
+        distance[chosen] = math.inf
+        chosen.append(int(distance.argmin()))
+        total = total + features[chosen[-1]]
+    return torch.tensor(chosen)
+
+
+def choose_kcenter(features, ipc, g):
+    """Greedily takes the point farthest from all chosen ones (Sener & Savarese 2018), the most central first."""
+    chosen = [int((features - features.mean(dim=0)).norm(dim=1).argmin())]
+    nearest = (features - features[chosen[0]]).norm(dim=1)                  # (n,)
+    while len(chosen) < ipc:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).norm(dim=1))
+    return torch.tensor(chosen)
+
+
+def kmeans(train, ipc, features, g):
+    """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
+    images, shape = [], train.images.shape[1:]
+    for c in range(len(train.classes)):
+        mine = train.images[train.labels == c].flatten(1).cpu().double().numpy()
+        if len(mine) < ipc:
+            raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+        seed = int(torch.randint(2**31, (), generator=g))
+        centers = KMeans(ipc, n_init=3, random_state=seed).fit(mine).cluster_centers_
+        images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *shape))
+    labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
+    return ImageSet(torch.cat(images), labels, train.classes)
+
+
+SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herding),
+             "kcenter": by_class(choose_kcenter), "kmeans": kmeans}
