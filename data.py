@@ -240,8 +240,8 @@ class Recipe:
     augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"
     mean: tuple                # the judge sees (pixel / 255 - mean) / std
     std: tuple
-    epochs: int                # of the judge on a distilled set
-    full_epochs: int           # of the judge on the full real set, which has more steps an epoch
+    epochs: int                # of the judge on a small set; on a large one fewer, so that it sees about
+    views: int                 # this many images in all
 
 
 RECIPES = {
@@ -249,16 +249,16 @@ RECIPES = {
     # of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave room in.
     # Black stays 0 under the judge's normalisation, so that augmentation fills with background.
     "digits": Recipe(
-        size=8, judge_size=16, channels=1, network="tiny", patch=2, steps=5400, batch=32, lr=3e-3, ema=.995,
+        size=8, judge_size=16, channels=1, network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
         tune_steps=300, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
         guidance=1.5, flip=False, augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,),
-        epochs=200, full_epochs=40),
+        epochs=200, views=32_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
         size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=128, lr=2e-3, ema=.995,
         tune_steps=300, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
         guidance=1.5, flip=True, augment="color_crop_cutout_flip_scale_rotate",
-        mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, full_epochs=40),
+        mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=32_000),
 }
 
 

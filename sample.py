@@ -37,7 +37,7 @@ def timesteps(steps, grid="uniform", T=Schedule.T):
 
     uniform: T - 1 to 0 in equal steps (DiT's respacing). quadratic: equal in sqrt(t), denser near the image.
     trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
-    Raises UserError where steps is outside 1..T or the grid has fewer than S distinct times.
+    Raises UserError where steps is outside 1..T. One step starts, and ends, at t = 999.
     """
     if not 1 <= steps <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {steps}")
@@ -47,12 +47,10 @@ def timesteps(steps, grid="uniform", T=Schedule.T):
         times = [round(k * (T - 1) / (steps - 1)) for k in range(steps)]
     elif grid == "quadratic":
         times = [round((k / (steps - 1)) ** 2 * (T - 1)) for k in range(steps)]
-    elif grid == "trailing":
-        times = [round((k + 1) * T / steps) - 1 for k in range(steps)]
+        for k in range(1, steps):                               # where they crowd near 0, one t apart
+            times[k] = max(times[k], times[k - 1] + 1)
     else:
-        raise UserError(f"--grid {grid} is none of uniform, quadratic, trailing")
-    if len(set(times)) < steps:
-        raise UserError(f"the {grid} grid has no {steps} distinct timesteps: use --grid uniform, or fewer steps")
+        times = [round((k + 1) * T / steps) - 1 for k in range(steps)]
     return times[::-1]
 
 

@@ -10,6 +10,8 @@ runs (a new judge each, and a new draw for "random"); the best epoch stands besi
 Prints a table; appends each row to out/digits/results.jsonl.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024).
 """
+import argparse
+import functools
 import json
 import math
 import pathlib
@@ -43,13 +45,14 @@ def color(x, g):
 
 def crop(x, g):
     """Shifts by up to an eighth of the size in both directions, zeros following."""
-    B, _, H, W = x.shape
+    B, C, H, W = x.shape
     s = int(H * 0.125 + 0.5)
     dy, dx = torch.randint(0, 2 * s + 1, (2, B, 1), generator=g, device=x.device)
+    image, channel = torch.arange(B, device=x.device), torch.arange(C, device=x.device)
     rows, columns = torch.arange(H, device=x.device) + dy, torch.arange(W, device=x.device) + dx  # (B, H), (B, W)
-    padded = F.pad(x, (s, s, s, s)).permute(0, 2, 3, 1)                     # (B, H + 2s, W + 2s, C)
-    image = torch.arange(B, device=x.device)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    padded = F.pad(x, (s, s, s, s))                                         # (B, C, H + 2s, W + 2s)
+    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None],
+                  columns[:, None, None, :]]                                # (B, C, H, W)
 
 
 def cutout(x, g):
@@ -210,3 +213,149 @@ def kmeans(train, ipc, features, g):
 
 SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herding),
              "kcenter": by_class(choose_kcenter), "kmeans": kmeans}
+
+
+def training_set(source, data, ipc, features, g):
+    """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b" of those.
+
+    ipc: images a class, None for all that a folder holds. Raises UserError where there are fewer.
+    """
+    parts = []
+    for name in source.split("+"):
+        if name == "full":
+            parts.append(data.train)
+        elif name in SELECTORS:
+            parts.append(SELECTORS[name](data.train, ipc, features(name), g))
+        else:
+            found = read_set(name, data.recipe.size, data.recipe.channels, data.train.classes)
+            parts.append(found if ipc is None else first_of_each(found, ipc, name))
+    return ImageSet(torch.cat([part.images.to(data.train.images.device) for part in parts]),
+                    torch.cat([part.labels.to(data.train.labels.device) for part in parts]), data.train.classes)
+
+
+def first_of_each(whole, ipc, name):
+    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one."""
+    index = [(whole.labels == c).nonzero().squeeze(1)[:ipc] for c in range(len(whole.classes))]
+    if min(map(len, index)) < ipc:
+        raise UserError(f"{name} has {min(map(len, index))} images of a class, fewer than --ipc {ipc}")
+    return whole.pick(torch.cat(index))
+
+
+def count_epochs(recipe, images):
+    """The judge's epochs on a set of so many images: the recipe's, fewer where that is more than recipe.views."""
+    return max(1, min(recipe.epochs, recipe.views // images))
+
+
+def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None):
+    """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
+
+    data: Data, on the device. features: selector's name -> (N, F), what herding and k-center measure in.
+    """
+    began, last, best = time.monotonic(), [], []
+    for run in range(runs):
+        g = torch.Generator().manual_seed(seed + run)           # random draws anew each run
+        train = training_set(source, data, ipc, features or pixels(data), g)
+        count = epochs or count_epochs(data.recipe, len(train.labels))
+        _, curve = train_judge(train, data.test, data.recipe, count, seed + run, bf16=bf16)
+        last.append(round(curve[-1], 4))
+        best.append(round(max(curve), 4))
+    return {"data": data.name, "train": source, "ipc": len(train.labels) // len(train.classes),
+            "images": len(train.labels), "judge": "ConvNetD3-W128", "epochs": count, "runs": runs,
+            "accuracy": last, "mean": round(statistics.mean(last), 4),
+            "std": round(statistics.stdev(last), 4) if runs > 1 else None, "best": round(statistics.mean(best), 4),
+            "seconds": round(time.monotonic() - began, 1),
+            "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
+
+
+def pixels(data):
+    """Features for the selectors that look at none: any (N, F) will do."""
+    return lambda name: data.train.images.flatten(1)
+
+
+def judge_features(data, seed, bf16):
+    """The same, from a judge trained once, when herding or k-center first ask, on the full real set."""
+    @functools.lru_cache(maxsize=1)
+    def trained():
+        judge, _ = train_judge(data.train, data.test, data.recipe, count_epochs(data.recipe, len(data.train.labels)),
+                               seed, curve=1, bf16=bf16)
+        with torch.no_grad():
+            x = normalise(data.train.images, data.recipe)
+            return torch.cat([judge.embed(part) for part in x.split(512)])  # (N, F)
+    return lambda name: trained() if name in ("herding", "kcenter") else data.train.images.flatten(1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The driver
+
+
+def gains_from_bf16(device):
+    """Whether bfloat16 is faster there: on GPUs, and on CPUs that multiply it natively."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    has = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch does not tell
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def table_line(row):
+    spread = f"+- {row['std']:.2f}" if row["std"] is not None else "       "
+    return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | {row['mean']:6.2f} {spread:7} ({row['runs']}) | "
+            f"{row['best']:6.2f} | {row['epochs']:6} | {row['seconds']:6.1f}")
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE",
+                        help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum a+b; "
+                             "random and full are always there (default: distilled random kmeans full)")
+    add_flags(parser, overwrite=False)
+    parser.add_argument("--ipc", type=int, help="images per class (default: as many as the first folder holds, or 10)")
+    parser.add_argument("--runs", type=int, default=5, help="judges per row (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="of every judge (default: by the recipe and the set's size)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                        help="bfloat16 arithmetic (default: where it is faster)")
+    args = parser.parse_args(argv)
+    with one_sentence(parser):
+        run(args, command(__file__, argv))
+
+
+def run(args, typed):
+    """Everything after the command line was read."""
+    for flag, value in (("--ipc", args.ipc), ("--runs", args.runs), ("--epochs", args.epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, not {value}")
+    data, device = load(args.data, args.root, args.recipe, args.validation), device_named(args.device)
+    data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    bf16 = gains_from_bf16(device) if args.bf16 is None else args.bf16
+    home = pathlib.Path("out", data.name)
+    sources = list(args.sources or ("distilled", "random", "kmeans", "full"))
+    sources += [name for name in ("random", "full") if name not in sources]
+    folders = {name: name for source in sources for name in source.split("+") if name not in (*SELECTORS, "full")}
+    if "distilled" in folders:
+        folders["distilled"] = str(next((home / kind for kind in ("distilled", "distilled.npz")
+                                         if (home / kind).exists()), home / "distilled"))
+        if not pathlib.Path(folders["distilled"]).exists():
+            raise UserError(f"there is no {folders['distilled']}: python sample.py --steps 10 makes it")
+    sources = ["+".join(folders.get(name, name) for name in source.split("+")) for source in sources]
+    ipc = args.ipc
+    if ipc is None:
+        held = [read_set(path, data.recipe.size, data.recipe.channels, data.train.classes)
+                for path in list(folders.values())[:1]]
+        ipc = int(held[0].labels.bincount().min()) if held else 10
+    results = (args.out or home) / "results.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{data.name} | judge ConvNetD3-W128 at {data.recipe.judge_size} px | device {device}"
+          f"{' bf16' if bf16 else ''} | {args.runs} runs | seed {args.seed} | tested on {len(data.test.labels)} real images")
+    print(f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds")
+    features = judge_features(data, args.seed, bf16)
+    for source in tqdm(sources, disable=None, leave=False):
+        row = evaluate(source, data, ipc=ipc, runs=args.runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
+                       features=features)
+        with open(results, "a") as file:
+            file.write(json.dumps({**row, "command": typed}) + "\n")
+        tqdm.write(table_line(row))
+    print(f"accuracy: last epoch, mean +- sample standard deviation (runs); best: mean of the best epochs | "
+          f"added to {results}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Shared by all tests: they run offline, on a CPU, each in an empty folder of its own."""
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import data as data_module  # noqa: E402
+import diffusion  # noqa: E402
+
+SMALL = dataclasses.replace(data_module.RECIPES["digits"], network="mini", steps=6, batch=8, tune_steps=4,
+                            tune_batch=8, epochs=4, views=600)
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty current directory, and a network and a training length that take a blink."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(diffusion.SIZES, "mini", (2, 32, 2))
+    monkeypatch.setitem(data_module.RECIPES, "digits", SMALL)
+    monkeypatch.setitem(data_module.RECIPES, "folder", dataclasses.replace(
+        data_module.RECIPES["folder"], size=8, judge_size=8, patch=2, network="mini", steps=6, batch=8,
+        tune_steps=4, tune_batch=8, epochs=2, views=200))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of two classes of 12x10 pictures, made here: dark "ant", bright "bee", 10 each."""
+    root = tmp_path / "pictures"
+    random = np.random.default_rng(0)
+    for name, level in (("ant", 40), ("bee", 200)):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = random.integers(level - 30, level + 30, (10, 12, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def sentence(capsys):
+    """Runs a script's main, which must refuse: returns the sentence it left on stderr, exit code 2."""
+    def refuse(main, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, argv)))
+        said = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and said
+        return said.splitlines()[-1]
+    return refuse
+
+
+@pytest.fixture
+def process():
+    """Runs main(argv) of a module with the real recipes, in its own process; returns what it printed.
+
+    kill_when: SIGKILL it once that is true, then run it again to its end.
+    """
+    root = str(pathlib.Path(__file__).parents[1])
+
+    def run(module, argv, kill_when=None):
+        code = (f"import sys; sys.path.insert(0, {root!r}); import diffusion, {module}; diffusion.SAVE_EVERY = 0; "
+                f"{module}.main({list(map(str, argv))!r})")
+        if kill_when is not None:
+            victim, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 60
+            while not kill_when():
+                assert victim.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return run

@@ -1,0 +1,234 @@
+"""The forward process, the network, the loss and the training loop, each against an independent answer."""
+import json
+import math
+import os
+
+import pytest
+import torch
+
+import diffusion
+from data import load
+from diffusion import DiT, Plan, Schedule, Trainer, denoising_loss
+
+
+def test_the_schedule_has_the_published_values():
+    abar = Schedule().abar
+    for t, value in ((0, .9999), (100, .8951), (250, .5214), (500, .0778), (750, .0033)):
+        assert abar[t] == pytest.approx(value, abs=6e-5)
+    assert abar[999] == pytest.approx(4.036e-5, rel=1e-3)
+
+
+def test_q_sample_keeps_unit_variance_at_every_t():
+    schedule = Schedule()
+    assert torch.allclose(schedule.signal**2 + schedule.noise**2, torch.ones(1000), atol=1e-6)
+    x0, eps = torch.randn(1000, 1, 32, 32), torch.randn(1000, 1, 32, 32)
+    xt = schedule.q_sample(x0, torch.arange(1000), eps)
+    assert (xt.var(dim=(1, 2, 3)) - 1).abs().max() < 0.25         # 1,024 numbers each: a deviation of 0.044
+    assert xt.var() == pytest.approx(1, abs=0.01)
+
+
+def test_x0_from_eps_inverts_q_sample():
+    schedule, t = Schedule(), torch.arange(0, 1000, 37)
+    x0, eps = torch.randn(len(t), 3, 4, 4), torch.randn(len(t), 3, 4, 4)
+    xt = schedule.q_sample(x0, t, eps)
+    assert torch.allclose(schedule.x0_from_eps(xt, t, eps), x0, atol=2e-4)  # 1 / signal is 157 at t = 999
+    assert torch.allclose(schedule.eps_from_x0(xt, t, x0), eps, atol=2e-4)
+
+
+def test_the_largest_dit_has_the_published_tensors():
+    with torch.device("meta"):
+        plain = DiT("XL", size=32, patch=2, channels=4, classes=1000, learned_variance=True)
+        tuned = DiT("XL", size=32, patch=2, channels=4, classes=1000, learned_variance=True, difffit=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    assert sum(map(math.prod, shapes.values())) == 675_129_632 and len(shapes) == 292
+    for name, shape in (("pos_embed", (1, 256, 1152)), ("x_embedder.proj.weight", (1152, 4, 2, 2)),
+                        ("t_embedder.mlp.0.weight", (1152, 256)), ("t_embedder.mlp.2.bias", (1152,)),
+                        ("y_embedder.embedding_table.weight", (1001, 1152)),
+                        ("blocks.27.attn.qkv.weight", (3456, 1152)), ("blocks.0.attn.proj.bias", (1152,)),
+                        ("blocks.0.mlp.fc1.weight", (4608, 1152)), ("blocks.0.mlp.fc2.weight", (1152, 4608)),
+                        ("blocks.0.adaLN_modulation.1.weight", (6912, 1152)),
+                        ("final_layer.linear.weight", (32, 1152)),
+                        ("final_layer.adaLN_modulation.1.bias", (2304,))):
+        assert shapes[name] == shape
+    extra = {name: tensor for name, tensor in tuned.state_dict().items() if name not in shapes}
+    assert sorted(extra) == sorted(f"blocks.{i}.{name}" for i in range(14)
+                                   for name in ("gamma1", "gamma2", "attn.gamma1", "attn.gamma2"))
+    assert sum(tensor.numel() for tensor in tuned.state_dict().values()) == 675_226_400
+    names = diffusion.difffit_parameters(tuned)
+    assert sum(dict(tuned.named_parameters())[name].numel() for name in names) == 1_739_552
+
+
+@pytest.mark.parametrize("network, count", [("S", 32_963_360), ("B", 130_512_416), ("L", 458_102_816)])
+def test_the_other_sizes_have_the_published_counts(network, count):
+    with torch.device("meta"):
+        dit = DiT(network, size=32, patch=2, channels=4, classes=1000, learned_variance=True)
+    assert sum(p.numel() for p in dit.parameters()) == count
+
+
+def small(**more):
+    return DiT("mini", size=8, patch=2, channels=1, classes=10, **more)
+
+
+def shaken(model):
+    """Fills the zero-initialised layers, so that outputs depend on everything."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def test_positions_are_sines_then_cosines_with_the_column_first():
+    table = diffusion.position_table(4, 16)[0]                    # (16, 16)
+    row, column = 2, 3
+    token = table[row * 4 + column]
+    for half, place in ((token[:8], column), (token[8:], row)):
+        angles = [place * 10000 ** (-i / 4) for i in range(4)]
+        assert torch.allclose(half, torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]))
+
+
+def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
+    model, x = small(), torch.randn(2, 1, 8, 8)
+    assert not model(x, torch.tensor([5., 900.]), torch.tensor([0, 10])).any()
+    tokens, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(model.blocks[0](tokens, c), tokens)
+
+
+def test_patches_come_back_to_their_place():
+    model = shaken(small())
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([10.]), torch.tensor([0])
+    seen = []
+    model.final_layer.register_forward_hook(lambda *hook: seen.append(hook[2]))
+    out = model(x, t, y)
+    tokens = seen[0][0]                                           # (16, 4): token h * 4 + w, pixel p * 2 + q
+    for i in range(8):
+        for j in range(8):
+            assert out[0, 0, i, j] == tokens[i // 2 * 4 + j // 2, i % 2 * 2 + j % 2]
+
+
+def test_gammas_start_at_one_and_change_nothing():
+    plain, tuned = shaken(small()), small(difffit=True)
+    diffusion.fit_tensors(tuned, plain.state_dict(), "here")
+    x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1., 500., 999.]), torch.tensor([0, 4, 10])
+    assert torch.allclose(plain(x, t, y), tuned(x, t, y), atol=1e-6)
+    with torch.no_grad():
+        tuned.blocks[0].attn.gamma1.mul_(2)
+    assert not torch.allclose(plain(x, t, y), tuned(x, t, y), atol=1e-3)
+
+
+def test_learned_variance_doubles_the_channels():
+    assert small(learned_variance=True)(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long()).shape == (
+        2, 2, 8, 8)
+
+
+def test_the_loss_of_a_perfect_guess_is_zero_and_hands_back_x0():
+    schedule, x0, eps = Schedule(), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    t = torch.tensor([0, 100, 500, 900])
+    perfect = denoising_loss(lambda xt, t, y: eps, schedule, x0, None, t, eps)
+    assert not perfect.loss.any() and torch.allclose(perfect.x0_hat, x0, atol=1e-4)
+    zero = denoising_loss(lambda xt, t, y: torch.zeros_like(xt), schedule, x0, None, t, eps)
+    assert torch.allclose(zero.loss, eps.pow(2).flatten(1).mean(1))
+
+
+def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
+    train, rows, dropped, seen = load("digits").train, torch.arange(11), 0, []
+    for step in range(100):
+        x0, labels, y, t, eps = diffusion.draw(train, 50, step, 0, False, rows)
+        assert ((y == labels) | (y == 10)).all() and t.min() >= 0 and t.max() <= 999
+        dropped += int((y == 10).sum())
+        seen.append(diffusion.batch_index(1257, 50, step, 0))
+    assert 400 < dropped < 600                                    # 5,000 labels: a deviation of 21
+    stream = torch.cat(seen)
+    assert sorted(stream[:1257].tolist()) == list(range(1257)) == sorted(stream[1257:2514].tolist())
+
+
+def test_a_step_is_a_function_of_its_number():
+    train, rows = load("digits").train, torch.arange(11)
+    one, two = (diffusion.draw(train, 8, 17, 3, True, rows) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    other = diffusion.draw(train, 8, 18, 3, True, rows)
+    assert not torch.equal(one[4], other[4])
+
+
+def test_the_average_warms_up():
+    assert diffusion.ema_decay(0, .999) == pytest.approx(.1) and diffusion.ema_decay(10**6, .999) == .999
+    average, weights = {"w": torch.tensor([0.])}, {"w": torch.tensor([1.])}
+    diffusion.ema_update(average, weights, .75)
+    assert average["w"].item() == .25
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    plan = Plan(steps=100, batch=1, lr=2., decay=True, ema=.9, seed=0, flip=False)
+    rates = [plan.lr_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(.4) and max(rates) == 2. and rates[99] < .01
+    assert plan._replace(decay=False).lr_at(99) == 2.
+
+
+def test_training_lowers_the_loss(capsys):
+    diffusion.main(["--steps", "150"])
+    log = [json.loads(line) for line in open("out/digits/base.log.jsonl")]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"] and log[-1]["step"] == 150
+    assert "-> python minimax.py" in capsys.readouterr().out
+
+
+def test_a_checkpoint_rebuilds_the_network(tmp_path):
+    diffusion.main(["--steps", "2"])
+    model, header = diffusion.load_model("out/digits/base.safetensors")
+    assert header["classes"] == [str(c) for c in range(10)] and header["rows"] == list(range(11))
+    assert header["command"] == "python diffusion.py --steps 2" and header["step"] == 2
+    assert header["fingerprint"] == diffusion.fingerprint(model.state_dict())
+    assert not model.training
+
+
+def test_the_same_settings_are_left_alone_and_others_refused(capsys, sentence):
+    diffusion.main(["--steps", "2"])
+    before = open("out/digits/base.safetensors", "rb").read()
+    diffusion.main(["--steps", "2"])
+    assert "left as it is" in capsys.readouterr().out
+    said = sentence(diffusion.main, "--steps", "3")
+    assert "steps 2 there, 3 here" in said and "--out ELSEWHERE" in said and "--overwrite" in said
+    assert open("out/digits/base.safetensors", "rb").read() == before
+    diffusion.main(["--steps", "3", "--overwrite"])
+    assert diffusion.read_header("out/digits/base.safetensors")["step"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sentence):
+    real = diffusion.denoising_loss
+    monkeypatch.setattr(diffusion, "denoising_loss",
+                        lambda *a: (lambda d: d._replace(loss=d.loss * math.nan))(real(*a)))
+    assert "not finite between steps 0 and" in sentence(diffusion.main)
+    assert not os.path.exists("out/digits/base.safetensors")
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch, sentence):
+    def full(self, content):
+        raise OSError(28, "No space left on device", str(self))
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert "No space left on device" in sentence(diffusion.main, "--steps", "2")
+    assert not os.path.exists("out/digits/base.safetensors")
+
+
+def test_other_files_are_no_checkpoints(tmp_path, sentence):
+    (tmp_path / "out/digits").mkdir(parents=True)
+    (tmp_path / "out/digits/base.safetensors").write_bytes(b"hello")
+    assert "is no checkpoint of nanoDD" in sentence(diffusion.main)
+    assert "--steps must be at least 1" in sentence(diffusion.main, "--steps", 0)
+
+
+def test_a_stopped_trainer_goes_on_to_the_same_bits():
+    train, rows = load("digits").train, torch.arange(11)
+    plan = Plan(steps=8, batch=8, lr=1e-3, decay=True, ema=.9, seed=0, flip=False)
+
+    def new():
+        torch.manual_seed(0)
+        return Trainer(small(), train, rows, plan)
+    whole, first, second = new(), new(), new()
+    for step in range(8):
+        whole.step(step)
+    for step in range(4):
+        first.step(step)
+    second.load_state_dict(first.state_dict())
+    for step in range(4, 8):
+        second.step(step)
+    assert diffusion.fingerprint(whole.average) == diffusion.fingerprint(second.average)
+    assert diffusion.fingerprint(whole.tuned) == diffusion.fingerprint(second.tuned)

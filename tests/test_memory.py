@@ -1,0 +1,76 @@
+"""Memories forget by their rule, and by nothing else."""
+from collections import deque
+
+import pytest
+import torch
+
+import memory
+from data import UserError
+from memory import Memory, policies
+
+
+def test_memory_forgets_the_oldest_first():
+    kept, reference = Memory(5, "fifo"), deque(maxlen=5)
+    for _ in range(9):
+        items = torch.randn(int(torch.randint(1, 8, ())), 4)
+        kept.push(3, items)
+        reference.extend(items)
+        assert torch.equal(kept.get(3), torch.stack(list(reference)))
+    assert kept.get(0) is None                                    # other classes are other memories
+
+
+def brute_force(entries, slots, most):
+    """The rule of the self-adaptive memory, item by item (double loops, plain Python)."""
+    entries = [entry.double() for entry in entries]
+    while len(entries) > slots:
+        degrees = [round(sum(float(a @ b / (a.norm() * b.norm())) for b in entries), 9) for a in entries]
+        entries.pop(degrees.index(max(degrees) if most else min(degrees)))
+    return torch.stack(entries).float()
+
+
+@pytest.mark.parametrize("policy", ["max", "min"])
+def test_self_adaptive_memory_drops_the_most_similar(policy):
+    kept, reference = Memory(6, policy), torch.empty(0, 5)
+    for _ in range(6):
+        items = torch.randn(4, 5)
+        kept.push(0, items)
+        reference = brute_force([*reference, *items], 6, policy == "max")
+        assert torch.equal(kept.get(0), reference)
+
+
+def test_of_two_equal_entries_the_older_goes():
+    kept = Memory(3, "max")
+    kept.push(0, torch.tensor([[-1., 0.], [1., 0.], [.1, 0.], [0., 1.]]))  # summed cosines -1, 1, 1, 1
+    assert torch.allclose(kept.get(0), torch.tensor([[-1., 0.], [.1, 0.], [0., 1.]]))
+
+
+def test_similarities_are_taken_anew_after_each_drop():
+    entries = torch.tensor([[1., 0.], [1., 0.], [1., .1], [0., 1.]])
+    kept = Memory(2, "max")
+    kept.push(0, entries)
+    assert [0., 1.] in kept.get(0).tolist()                       # the outlier stays; only one of the cluster with it
+
+
+def test_memory_holds_no_gradients_and_survives_a_save(tmp_path):
+    kept = Memory(4, "max")
+    kept.push(1, torch.randn(3, 2, requires_grad=True))
+    assert not kept.get(1).requires_grad
+    torch.save(kept.state_dict(), tmp_path / "m.pt")
+    again = Memory(4, "max")
+    again.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
+    assert torch.equal(again.get(1), kept.get(1))
+
+
+def test_adaptive_is_the_papers_pair():
+    assert policies("adaptive") == ("max", "max") and policies("fifo") == ("fifo", "fifo")
+    assert policies("max,min") == ("max", "min")
+    with pytest.raises(UserError, match="REAL,GENERATED"):
+        policies("newest")
+
+
+def test_the_demonstration_shows_the_rare_mode_kept(capsys, sentence):
+    memory.main([])
+    rare = {line.split()[0]: int(line.split("slots | ")[1].split()[0])
+            for line in capsys.readouterr().out.splitlines() if "rare" in line}
+    assert rare["max"] > 2 * rare["fifo"]
+    assert "--slots" in sentence(memory.main, "--slots", 0)

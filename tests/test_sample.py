@@ -1,0 +1,238 @@
+"""Samplers against a Gaussian's exact answer; sets that are nested, balanced and the same after a stop."""
+import json
+import math
+import pathlib
+import shutil
+
+import pytest
+import torch
+from torchvision.datasets import ImageFolder
+
+import minimax
+import sample
+from data import UserError, read_set
+from diffusion import DiT, Schedule
+from sample import block, draw_images, image_noise, timesteps
+
+MEAN, STD = 0.7, 0.3
+
+
+def exact(x, t):
+    """The perfect denoiser of N(0.7, 0.3^2): E[eps | x_t] in closed form."""
+    abar = Schedule().abar[t].item()
+    return math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / (abar * STD**2 + 1 - abar), None
+
+
+def returned(times, **how):
+    """Mean and standard deviation of what a sampler returns with the perfect denoiser, without drawing anything.
+
+    All steps are linear, so the deviation is the root of the summed squares of the answers to each noise alone.
+    """
+    one_by_one = torch.eye(len(times) + 1, dtype=torch.float64)   # a noise a column; the last row has none
+
+    def noise(k):
+        column = one_by_one[:len(times), k] if k < len(times) else torch.zeros(len(times), dtype=torch.float64)
+        return torch.cat([column, torch.zeros(1, dtype=torch.float64)]).view(-1, 1, 1, 1)
+    out = draw_images(exact, noise, times, **how).flatten()
+    return out[-1].item(), (out[:-1] - out[-1]).norm().item()
+
+
+@pytest.mark.parametrize("grid, row", [("uniform", (.097, .181, .238, .275)), ("trailing", (.111, .185, .237, .273)),
+                                       ("quadratic", (.193, .244, .272, .289))])
+def test_few_steps_lose_diversity_by_the_known_amounts(grid, row):
+    for steps, std in zip((5, 10, 20, 50), row):
+        mean, found = returned(timesteps(steps, grid))
+        assert found == pytest.approx(std, abs=6e-4) and mean == pytest.approx(MEAN, abs=2e-3)
+
+
+def test_many_steps_give_the_gaussian_back():
+    for how in ({"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.}, {"sampler": "ddpm"}):
+        mean, std = returned(timesteps(1000), **how)
+        assert mean == pytest.approx(MEAN, abs=2e-3) and std == pytest.approx(STD, abs=6e-3)
+
+
+def test_ddim_with_eta_one_and_all_steps_is_ddpm():
+    noise = torch.randn(1001, 2, 1, 4, 4, dtype=torch.float64)
+    crooked = lambda x, t: (torch.tanh(x) + 0.1 * x.roll(1, 3), None)  # noqa: E731  any denoiser will do
+    ddim, ddpm = (draw_images(crooked, lambda k: noise[k], timesteps(1000), **how)
+                  for how in ({"sampler": "ddim", "eta": 1.}, {"sampler": "ddpm"}))
+    assert torch.allclose(ddim, ddpm, atol=1e-8)
+
+
+def test_last_step_adds_no_noise():
+    asked = []
+
+    def noise(k):
+        asked.append(k)
+        return torch.full((1, 1, 1, 1), 1e9) if k == 5 else torch.randn(1, 1, 1, 1)
+    for how in ({"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.}):
+        asked.clear()
+        assert draw_images(exact, noise, timesteps(5), **how).abs() < 10
+        assert asked == [0, 1, 2, 3, 4]                           # the start, then all steps but the last
+    asked.clear()
+    draw_images(exact, noise, timesteps(5))
+    assert asked == [0]                                           # DDIM itself is deterministic
+
+
+def test_the_learned_variance_lies_between_the_posteriors_and_beta():
+    abar, previous = 0.5, 0.8
+    beta, x = 1 - abar / previous, torch.zeros(1, 1, 1, 1)
+    posterior = beta * (1 - previous) / (1 - abar)
+    step = lambda v: sample.ddpm_step(x, x, abar, previous, torch.ones_like(x), v).item() ** 2  # noqa: E731
+    assert step(None) == pytest.approx(posterior) == step(torch.full_like(x, -1.))
+    assert step(torch.ones_like(x)) == pytest.approx(beta)
+    assert step(torch.zeros_like(x)) == pytest.approx(math.sqrt(beta * posterior))
+
+
+def test_one_step_starts_at_t_999():
+    for grid in ("uniform", "quadratic", "trailing"):
+        assert timesteps(1, grid) == [999]
+        for steps in (2, 10, 333, 1000):
+            times = timesteps(steps, grid)
+            assert len(set(times)) == steps and times == sorted(times, reverse=True) and times[0] == 999
+    with pytest.raises(UserError, match="between 1 and 1000"):
+        timesteps(1001)
+
+
+def test_the_uniform_grid_is_dits():
+    assert timesteps(50)[::-1][:8] == [0, 20, 41, 61, 82, 102, 122, 143] and timesteps(50)[:3] == [999, 979, 958]
+    assert timesteps(10)[::-1] == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    assert timesteps(5)[::-1] == [0, 250, 500, 749, 999]
+    assert timesteps(10, "trailing") == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+
+
+def network():
+    torch.manual_seed(1)
+    model = DiT("mini", size=8, patch=2, channels=1, classes=3).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@torch.no_grad()
+def test_guidance_one_is_the_conditional_model():
+    model, x, rows = network(), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    t = torch.full((4,), 300.)
+    conditional, unconditional = model(x, t, rows), model(x, t, torch.full((4,), 3))
+    guide = lambda w: sample.guided(model, rows, 3, w)(x, 300)[0]  # noqa: E731
+    assert torch.equal(guide(1), conditional)
+    assert torch.allclose(guide(0), unconditional, atol=1e-6)
+    assert torch.allclose(guide(1 + 1e-9), conditional, atol=1e-5)  # the doubled batch agrees with the single one
+    assert torch.allclose(guide(4), 4 * conditional - 3 * unconditional, atol=1e-5)
+
+
+def test_an_image_has_its_own_noise_in_any_batch():
+    names = [("a", 0), ("b", 0), ("a", 1)]
+    together, alone = image_noise(0, names, (1, 4, 4), "cpu"), image_noise(0, names[2:], (1, 4, 4), "cpu")
+    for k in range(3):
+        many, one = together(k), alone(k)
+        assert torch.equal(many[2], one[0]) and not torch.equal(many[0], many[1])
+    assert not torch.equal(image_noise(1, names, (1, 4, 4), "cpu")(0), image_noise(0, names, (1, 4, 4), "cpu")(0))
+
+
+def test_blocks_are_rounds_cut_at_the_batch():
+    assert block(0, 4, 3) == [(0, 0), (1, 0), (2, 0), (0, 1)] and block(1, 4, 3)[0] == (1, 1)
+    assert block(1, 4, 3, total=6) == [(1, 1), (2, 1)] and block(2, 4, 3, total=6) == []
+
+
+@pytest.fixture
+def tuned():
+    minimax.main([])
+
+
+def files(out="out/digits"):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in pathlib.Path(out).glob("distilled/*/*.png")}
+
+
+def test_a_set_is_an_image_folder_with_its_labels(tuned, capsys):
+    sample.main(["--ipc", "2", "--steps", "3"])
+    folder = ImageFolder("out/digits/distilled")
+    assert folder.classes == [str(c) for c in range(10)] and len(folder) == 20
+    record = json.loads(open("out/digits/distilled.json").read())
+    assert record["classes"] == folder.classes and record["ipc"] == 2 and record["settings"]["steps"] == 3
+    assert "20 images | 2 a class" in capsys.readouterr().out and pathlib.Path("out/digits/distilled.png").exists()
+
+
+def test_smaller_sets_are_nested_in_larger_ones(tuned, capsys):
+    sample.main(["--ipc", "3", "--out", "whole", "--batch", "7"])
+    sample.main(["--ipc", "1", "--out", "grown", "--batch", "7"])
+    small = files("grown")
+    sample.main(["--ipc", "3", "--out", "grown", "--batch", "7"])
+    assert files("grown") == files("whole") and set(small) < set(files("whole"))
+    sample.main(["--ipc", "2", "--out", "grown", "--batch", "7"])
+    assert "left as it is" in capsys.readouterr().out and files("grown") == files("whole")
+
+
+def test_another_batch_size_moves_one_grey_level_at_most(tuned):
+    sample.main(["--ipc", "3", "--out", "a", "--batch", "30", "--sampler", "ddpm"])
+    sample.main(["--ipc", "3", "--out", "b", "--batch", "4", "--sampler", "ddpm"])
+    a, b = (read_set(f"{out}/distilled", 8, 1).images.int() for out in "ab")
+    assert (a - b).abs().max() <= 1
+
+
+def test_a_stopped_set_goes_on_to_the_same_bytes(tuned):
+    sample.main(["--ipc", "4", "--batch", "8"])
+    whole = files()
+    for lost in ("distilled/3/00001.png", "distilled/9/00003.png", "distilled/0/00003.png"):
+        pathlib.Path("out/digits", lost).unlink()
+    record = pathlib.Path("out/digits/distilled.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "ipc": 0}))
+    sample.main(["--ipc", "4", "--batch", "8"])
+    assert files() == whole
+
+
+def test_a_killed_set_goes_on_to_the_same_bytes(process):
+    process("diffusion", ["--steps", 2])
+    process("minimax", ["--steps", 2])
+    argv = ["--ipc", 20, "--steps", 20, "--batch", 20]
+    process("sample", [*argv, "--out", "whole"])
+    process("sample", [*argv, "--out", "cut"], pathlib.Path("cut/distilled/3/00004.png").exists)
+    assert files("cut") == files("whole") and len(files("whole")) == 200
+
+
+def test_a_budget_keeps_complete_rounds_only(tuned, capsys, sentence):
+    sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "16"])
+    record = json.loads(open("out/digits/distilled.json").read())
+    counts = [len(list(folder.iterdir())) for folder in pathlib.Path("out/digits/distilled").iterdir()]
+    assert counts == [record["ipc"]] * 10 and record["seconds"] <= 1.5
+    sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "16"])
+    assert "left as it is" in capsys.readouterr().out
+    sample.main(["--minutes", "0.04", "--steps", "2", "--batch", "16"])
+    more = json.loads(open("out/digits/distilled.json").read())
+    assert more["ipc"] > record["ipc"] and record["seconds"] < more["seconds"] <= 2.4  # added up over resumes
+    assert "raise --seconds" in sentence(sample.main, "--seconds", "1e-9", "--batch", 3, "--out", "short")
+
+
+def test_an_npz_holds_the_same_images(tuned):
+    sample.main(["--ipc", "3", "--batch", "8"])
+    sample.main(["--ipc", "3", "--batch", "8", "--npz", "--out", "npz"])
+    folder, npz = read_set("out/digits/distilled", 8, 1), read_set("npz/distilled.npz", 8, 1)
+    for c in range(10):
+        assert torch.equal(folder.images[folder.labels == c], npz.images[npz.labels == c])
+    assert not pathlib.Path("npz/distilled.npz.parts").exists()
+
+
+def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
+    sample.main(["--ipc", "1"])
+    kept = files()
+    assert "steps 10 there, 5 here" in sentence(sample.main, "--steps", 5)
+    assert files() == kept
+    for argv, words in ((["--steps", 0], "--steps must be between 1 and 1000"), (["--ipc", 0], "--ipc must be"),
+                        (["--ipc", 1, "--seconds", 3], "exclude each other"), (["--seconds", -1], "positive time"),
+                        (["--batch", 0], "--batch must be"), (["--eta", 2], "between 0 and 1"),
+                        (["--guidance", "nan"], "--guidance must be"),
+                        (["--checkpoint", "no.safetensors"], "there is no no.safetensors: python minimax.py makes one"),
+                        (["--data", pictures, "--checkpoint", "out/digits/minimax.safetensors"], "of the data set digits")):
+        assert words in sentence(sample.main, *argv)
+    sample.main(["--ipc", "1", "--steps", "5", "--overwrite"])
+    assert files() != kept
+    pathlib.Path("out/digits/distilled.json").unlink()
+    assert "no distilled.json says what it is" in sentence(sample.main, "--ipc", 1)
+    shutil.rmtree("out/digits/distilled")
+    sample.main(["--ipc", "1"])
+
+
+def test_the_base_can_be_sampled_too(tuned):
+    sample.main(["--ipc", "1", "--checkpoint", "out/digits/base.safetensors", "--out", "base"])
+    assert len(files("base")) == 10
