@@ -9,7 +9,7 @@ in `classes`, so a folder that lost a class is an error and never a shift of lab
     python data.py                       # 1,257 real handwritten digits to train on, 540 to test: 3 s
     python data.py --data my/pictures    # any folder of class folders: what would be read, and how
 
-Writes nothing. The recipes (section 3) say, for each data set, everything that the other files derive from it.
+Writes nothing. For each data set, its recipe (section 3) says everything that the other files derive from it.
 """
 import argparse
 import errno
@@ -52,15 +52,17 @@ def one_sentence(parser):
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
+                               errno.EPERM):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        parser.exit(2, f"{parser.prog}: cannot write: {error.strerror}{where}; what was there before is kept\n")
+        parser.exit(2, f"{parser.prog}: cannot write: {error.strerror}{where}; "
+                       "what was there before is kept\n")
 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path beside `path`, renamed over it if the block succeeds and removed if it does not.
+    """Yields a temporary path beside `path`, renamed over it if the block succeeds and removed if not.
 
     A killed run therefore leaves the last good file, never half of a new one.
     """
@@ -75,7 +77,7 @@ def replacing(path):
 
 
 def device_named(name):
-    """The torch.device asked for: auto, cpu, cuda, cuda:N or mps. An absent one is refused, never replaced."""
+    """The torch.device asked for: auto, cpu, cuda, cuda:N or mps. An absent one is refused, not replaced."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -130,7 +132,8 @@ def open_image(path, size=None, channels=3):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":
-                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+                grey = (np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8)
+                image = Image.fromarray(grey)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -245,19 +248,19 @@ class Recipe:
 
 
 RECIPES = {
-    # Drawn at their native 8x8: enlarged to 16x16 first, the same network needs many times the steps, for most
-    # of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave room in.
-    # Black stays 0 under the judge's normalisation, so that augmentation fills with background.
+    # Drawn at their native 8x8: enlarged to 16x16 first, the same network needs many times the steps, for
+    # most of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave
+    # room in. Black stays 0 under the judge's normalisation, so that augmentation fills with background.
     "digits": Recipe(
         size=8, judge_size=16, channels=1, network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
-        tune_steps=300, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
-        guidance=1.5, flip=False, augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,),
+        tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
+        guidance=2., flip=False, augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,),
         epochs=200, views=32_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
         size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=128, lr=2e-3, ema=.995,
-        tune_steps=300, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
-        guidance=1.5, flip=True, augment="color_crop_cutout_flip_scale_rotate",
+        tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
+        guidance=2., flip=True, augment="color_crop_cutout_flip_scale_rotate",
         mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=32_000),
 }
 
@@ -275,13 +278,13 @@ class Data(NamedTuple):
 
 
 def data_name(data, root=None, validation=False):
-    """What out/NAME is called: digits, or the folder's own name. Raises UserError where there is no such data."""
+    """What out/NAME is called: digits, or the folder's own name. Raises UserError if there is none such."""
     if data in ("digits", "folder"):
         if (root is None) != (data == "digits"):
             raise UserError("--data folder needs --root DIR" if root is None else
                             "the digits come with scikit-learn: leave --root out")
         name = pathlib.Path(root).resolve().name if root else data
-    else:                                                       # --data DIR is short for --data folder --root DIR
+    else:                                                       # DIR is short for --data folder --root DIR
         if not pathlib.Path(data).is_dir():
             raise UserError(f"--data {data} is neither a folder nor the name of a data set (digits)")
         if root:
@@ -313,7 +316,7 @@ def split(whole, fraction):
     try:
         kept, held = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
                                       stratify=whole.labels.numpy())
-    except ValueError as error:                                 # a class with one image, fewer images than classes
+    except ValueError as error:                                 # a class of one, or fewer images than classes
         raise UserError(f"too few images to hold {fraction:.0%} of each class back: {error}") from error
     return whole.pick(torch.from_numpy(np.sort(kept))), whole.pick(torch.from_numpy(np.sort(held)))
 
@@ -326,11 +329,12 @@ def digits(size):
     found = load_digits()
     images = torch.from_numpy(found.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
     images = TF.resize(images, size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
-    return split(ImageSet(images, torch.from_numpy(found.target), [str(name) for name in found.target_names]), .3)
+    names = [str(name) for name in found.target_names]
+    return split(ImageSet(images, torch.from_numpy(found.target), names), .3)
 
 
 def folder(root, recipe):
-    """DIR/train with DIR/test or DIR/val; without those, DIR's own class folders are split 80/20, said aloud."""
+    """DIR/train with DIR/test or DIR/val; without those, DIR's class folders are split 80/20, said aloud."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if (root / "train").is_dir():
@@ -347,20 +351,24 @@ def folder(root, recipe):
 # 5. The command line that all stages share
 
 
-def add_flags(parser, recipe=True, overwrite=True):
-    """--data --root --recipe --validation --out --seed --device --overwrite, the same in every stage."""
-    parser.add_argument("--data", default="digits", metavar="NAME|DIR",
-                        help="digits, or a folder of class folders (default: %(default)s)")
-    parser.add_argument("--root", metavar="DIR", help="where the files are, with --data folder")
-    if recipe:
-        parser.add_argument("--recipe", choices=sorted(RECIPES), help="borrow another data set's recipe")
-    parser.add_argument("--validation", action="store_true",
-                        help="hold the test split back and test on a fifth of the training split: for choosing")
-    parser.add_argument("--out", type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)")
-    if overwrite:
-        parser.add_argument("--overwrite", action="store_true", help="replace results made with other settings")
+FLAGS = {
+    "data": dict(default="digits", metavar="NAME|DIR",
+                 help="digits, or a folder of class folders (default: %(default)s)"),
+    "root": dict(metavar="DIR", help="where the files are, with --data folder"),
+    "recipe": dict(choices=sorted(RECIPES), help="borrow another data set's recipe"),
+    "validation": dict(action="store_true",
+                       help="put the test split away and test on a fifth of the training split: for choosing"),
+    "out": dict(type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)"),
+    "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
+    "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
+    "overwrite": dict(action="store_true", help="replace results made with other settings"),
+}
+
+
+def add_flags(parser, names):
+    """Adds the shared flags that a stage reads, by name, so that they mean the same everywhere."""
+    for name in names.split():
+        parser.add_argument(f"--{name}", **FLAGS[name])
 
 
 def new_parser(doc):
@@ -377,7 +385,7 @@ def command(file, argv=None):
 
 
 def check_settings(found, wanted, path):
-    """Refuses to go on with `path` where it was made with other settings (dicts), and names the difference."""
+    """Refuses to go on with `path` if it was made with other settings (dicts), and names the difference."""
     other = [f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted({*found, *wanted})
              if found.get(key) != wanted.get(key)]
     if other:
@@ -387,7 +395,7 @@ def check_settings(found, wanted, path):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser)
+    add_flags(parser, "data root recipe validation")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         name, recipe, train, test = load(args.data, args.root, args.recipe, args.validation)
@@ -396,7 +404,8 @@ def main(argv=None):
             counts = Counter(images.labels.tolist())
             print(f"{part:5} | {tuple(images.images.shape)} {images.images.dtype} | "
                   f"{min(counts.values())} to {max(counts.values())} images a class")
-        print("recipe | " + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
+        print("recipe | "
+              + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
         print(f"-> python diffusion.py{'' if args.data == 'digits' else ' --data ' + args.data}")
 
 

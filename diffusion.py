@@ -27,15 +27,15 @@ from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, add_flags, check_settings, command, device_named, load, new_parser, one_sentence,
-                  replacing, to_float)
+from data import (UserError, add_flags, check_settings, command, device_named, load, new_parser,
+                  one_sentence, replacing, to_float)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule and the forward process
 
 
 class Schedule:
-    """The linear schedule: abar_t = prod_{s<=t} (1 - beta_s), beta from 1e-4 to 0.02 (Ho et al. 2020, sec. 4).
+    """A linear schedule: abar_t = prod_{s<=t} (1 - beta_s), beta from 1e-4 to 0.02 (Ho et al. 2020, sec. 4).
 
     abar: (T,) float64 on the CPU, from 0.9999 (t = 0, a clean image) down to 4e-5 (t = 999, noise).
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
@@ -44,7 +44,8 @@ class Schedule:
 
     def __init__(self, device="cpu"):
         self.abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, self.T, dtype=torch.float64), dim=0)
-        self.signal, self.noise = self.abar.sqrt().float().to(device), (1 - self.abar).sqrt().float().to(device)
+        self.signal = self.abar.sqrt().float().to(device)
+        self.noise = (1 - self.abar).sqrt().float().to(device)
 
     def at(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
@@ -72,13 +73,14 @@ class Schedule:
 # Names and shapes of all parameters are those of the published checkpoints (facts, not code).
 # B images, N tokens, D width, p pixels per token side, C channels.
 
-SIZES = {"tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES = {"tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
+         "XL": (28, 1152, 16)}
 MLP_RATIO = 4
 DIFFFIT_BLOCKS = 14           # DiffFit scales the first 14 blocks only, in DiT-XL/2 as it was published
 
 
 def sincos(positions, dim):
-    """cos/sin features of scalar positions, frequencies 1 ... 1/10000: (n,) -> cos (n, dim/2), sin (n, dim/2)."""
+    """cos/sin features of scalar positions, frequencies 1 ... 1/10000: (n,) -> cos, sin, both (n, dim/2)."""
     steps = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
     angles = positions[:, None] * torch.exp(-math.log(10000) * steps)       # (n, dim/2)
     return angles.cos(), angles.sin()
@@ -114,7 +116,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Rows of a table, y (B,) -> (B, D). The last row means "no class" (classifier-free guidance needs it)."""
+    """Rows of a table, y (B,) -> (B, D). The last row means "no class", for classifier-free guidance."""
 
     def __init__(self, classes, width):
         super().__init__()
@@ -136,7 +138,8 @@ class Attention(nn.Module):
         self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
 
     def forward(self, x):
-        q, k, v = rearrange(scaled(self.qkv(x), self.gamma1), "B N (three h d) -> three B h N d", three=3, h=self.heads)
+        qkv = scaled(self.qkv(x), self.gamma1)                              # (B, N, 3D)
+        q, k, v = rearrange(qkv, "B N (three h d) -> three B h N d", three=3, h=self.heads)
         x = rearrange(F.scaled_dot_product_attention(q, k, v), "B h N d -> B N (h d)")
         return scaled(self.proj(x), self.gamma2)
 
@@ -231,7 +234,7 @@ def difffit_parameters(model):
 
 
 class Denoised(NamedTuple):
-    """One training example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W), the last two with gradients."""
+    """One example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W), the last two with gradients."""
     loss: torch.Tensor
     xt: torch.Tensor
     eps_hat: torch.Tensor
@@ -279,8 +282,8 @@ def fingerprint(tensors):
 
 
 def save_state(path, state):
-    """Writes plain data and tensors to `path`, whole or not at all; torch.load(weights_only=True) reads it."""
-    buffer = io.BytesIO()                                       # a full disk is then an OSError, with its reason
+    """Writes plain data and tensors to `path`, whole or not at all, for torch.load(weights_only=True)."""
+    buffer = io.BytesIO()                                       # a full disk is then an OSError with a reason
     torch.save(state, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
@@ -341,7 +344,8 @@ def fit_tensors(model, tensors, path):
     missing = [name for name in wanted if name not in tensors and "gamma" not in name]
     wrong = [name for name in tensors if name not in wanted or tensors[name].shape != wanted[name].shape]
     if missing or wrong:
-        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing or of another shape")
+        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing "
+                        "or of another shape")
     model.load_state_dict({**wanted, **tensors})
 
 
@@ -364,7 +368,7 @@ def batch_index(n, batch, step, seed):
 
 
 def draw(train, batch, step, seed, flip, rows):
-    """All that is random in a training step, as a function of (seed, step): nothing to save, nothing to restore.
+    """All that is random in a training step, as a function of (seed, step): nothing to save or restore.
 
     train: ImageSet on the device. rows: (K + 1,) label-table rows of the classes, "no class" last.
     Returns x0 (B, C, H, W) in [-1, 1], labels (B,), y (B,) rows of which one in ten says "no class",
@@ -389,7 +393,7 @@ class Plan(NamedTuple):
     steps: int
     batch: int
     lr: float                 # AdamW, no weight decay
-    decay: bool               # True: the rate falls to zero along half a cosine; False: constant, as in Gu et al.
+    decay: bool               # True: lr falls to zero along half a cosine; False: constant, as in Gu et al.
     ema: float
     seed: int
     flip: bool
@@ -406,8 +410,9 @@ class Plan(NamedTuple):
 class Trainer:
     """The weights that require a gradient, their average, the optimizer: all that a training step changes.
 
-    train: ImageSet on the device. rows: (K,) label-table row of each class. extra: None, or the min-max losses,
-    extra(denoised, x0, labels) -> (scalar to add to L_diff, {name: number}), with a state of its own.
+    train: ImageSet on the device. rows: (K + 1,) label-table row of each class, "no class" last.
+    extra: None, or the min-max losses, extra(denoised, x0, labels) -> (scalar to add to L_diff,
+    {name: number}), with a state of its own.
     """
 
     def __init__(self, model, train, rows, plan, extra=None):
@@ -415,8 +420,9 @@ class Trainer:
         self.schedule = Schedule(train.images.device)
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
-        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                           fused=True)
+        # beta2 = 0.99 rather than 0.999: these runs are short, and the second moment must catch up with them
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, 0.99),
+                                           weight_decay=0.0, fused=True)
 
     def step(self, step):
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
@@ -453,21 +459,23 @@ class Trainer:
 SAVE_EVERY = 10               # seconds between saved states, or a twentieth of the time where saving is slow
 
 
-def fit(trainer, path, header):
+def fit(trainer, path, header, overwrite=False):
     """Trains to the plan's end and writes the average to `path`; goes on from where an interrupted run was.
 
-    What resuming needs lies in NAME.resume.pt until the end, the losses in NAME.log.jsonl (means since the line
-    before). Raises UserError where a loss is not finite; nothing of such a run is kept.
+    What resuming needs lies in NAME.resume.pt until the end, the losses in NAME.log.jsonl (means since the
+    line before). Raises UserError where a loss is not finite; nothing of such a run is kept.
     """
     path, plan = pathlib.Path(path), trainer.plan
     resume = path.with_suffix(".resume.pt")
     start, seconds, sums, log = 0, 0.0, {}, []
     if resume.exists():
         state = torch.load(resume, map_location=trainer.rows.device, weights_only=True)
-        check_settings(state["settings"], header["settings"], resume)
-        start, seconds, sums, log = state["step"], state["seconds"], state["sums"], state["log"]
-        trainer.load_state_dict(state["trainer"])
-        print(f"going on from step {start}")
+        if not overwrite:
+            check_settings(state["settings"], header["settings"], resume)
+        if state["settings"] == header["settings"]:
+            start, seconds, sums, log = state["step"], state["seconds"], state["sums"], state["log"]
+            trainer.load_state_dict(state["trainer"])
+            print(f"going on from step {start}")
     line_every = max(1, plan.steps // 10)
     saved, save_cost = time.monotonic(), 0.0
     began = saved - seconds
@@ -482,8 +490,8 @@ def fit(trainer, path, header):
             if not line_due and not save_due:
                 continue
             if not all(math.isfinite(float(value)) for value in sums.values()):
-                raise UserError(f"the loss is not finite between steps {max(0, done - line_every)} and {done}: try a smaller "
-                                f"learning rate; {path} is untouched")
+                raise UserError(f"the loss is not finite between steps {max(0, done - line_every)} "
+                                f"and {done}: try a smaller learning rate; {path} is untouched")
             if line_due:
                 count = done % line_every or line_every
                 log.append({"step": done, **{name: float(value) / count for name, value in sums.items()},
@@ -511,32 +519,29 @@ def fit(trainer, path, header):
 
 def new_header(data, config, settings, typed):
     """What every checkpoint says of itself: how to rebuild the network, and where it came from."""
-    rows = list(range(len(data.train.classes) + 1))             # label-table row of each class, "no class" last
+    rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
     return {"config": config, "schedule": "linear", "data": data.name, "classes": data.train.classes,
             "rows": rows, "guidance": data.recipe.guidance, "settings": settings, "command": typed}
 
 
 def finished(path, settings, overwrite):
-    """True where `path` already holds the result of these settings; refuses one of other settings.
+    """True where `path` already holds the result of these settings; refuses others' unless `overwrite`.
 
-    With `overwrite` a result, or the state of an interrupted run, of other settings is removed first.
+    What is to be overwritten stays until the new result is whole.
     """
-    if not path.exists():
-        return False
-    found = read_header(path)["settings"]
-    if overwrite and found != settings:
-        path.unlink()
-        return False
-    check_settings(found, settings, path)
-    print(f"{path} is finished (same settings): left as it is")
-    return True
+    found = read_header(path)["settings"] if path.exists() else None
+    if found == settings:
+        print(f"{path} is finished (same settings): left as it is")
+    elif found is not None and not overwrite:
+        check_settings(found, settings, path)
+    return found == settings
 
 
 def train_base(data, path, *, steps, seed, device, overwrite, typed):
     """Trains the base model of `data` (a Data) by its recipe and writes it to `path`."""
     recipe, train = data.recipe, data.train
-    config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch, "channels": recipe.channels,
-              "classes": len(train.classes)}
+    config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
+              "channels": recipe.channels, "classes": len(train.classes)}
     plan = Plan(steps, recipe.batch, recipe.lr, True, recipe.ema, seed, recipe.flip)
     settings = {**config, **plan._asdict(), "images": len(train.labels)}
     if finished(path, settings, overwrite):
@@ -544,14 +549,16 @@ def train_base(data, path, *, steps, seed, device, overwrite, typed):
     torch.manual_seed(seed)                                     # the initial weights
     model = DiT(**config).to(device)
     header = new_header(data, config, settings, typed)
-    print(f"base model | {data.name} | device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
-          f"parameters | {len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
-    fit(Trainer(model, train.to(device), torch.tensor(header["rows"], device=device), plan), path, header)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"base model | {data.name} | device {device} | {parameters / 1e6:.2f}M parameters | "
+          f"{len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
+    rows = torch.tensor(header["rows"], device=device)
+    fit(Trainer(model, train.to(device), rows, plan), path, header, overwrite)
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser)
+    add_flags(parser, "data root recipe validation out seed device overwrite")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier "
                                                   "(default: the recipe's)")
     args = parser.parse_args(argv)

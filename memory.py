@@ -25,7 +25,7 @@ def keep_newest(entries, slots):
 
 
 def drop_by_similarity(entries, slots, most):
-    """While over `slots`, drops the entry with the largest (most=True) or smallest summed cosine to the others.
+    """While over `slots`, drops the entry of the largest (most=True) or smallest summed cosine to the others.
 
     The sums are taken anew after each drop, or a pair of twins would go together. They are rounded, so that
     equal entries tie in spite of the last digit, and the oldest of a tie goes.
@@ -54,7 +54,8 @@ def policies(name):
     """
     pair = {"fifo": ("fifo", "fifo"), "adaptive": ("max", "max")}.get(name) or tuple(name.split(","))
     if len(pair) != 2 or any(rule not in POLICIES for rule in pair):
-        raise UserError(f"--memory {name} is none of fifo, adaptive, or REAL,GENERATED out of {', '.join(POLICIES)}")
+        raise UserError(f"--memory {name} is none of fifo, adaptive, or REAL,GENERATED out of "
+                        f"{', '.join(POLICIES)}")
     return pair
 
 
@@ -99,7 +100,7 @@ def main(argv=None):
             raise UserError(f"--slots must be at least 1, not {args.slots}")
         generator = torch.Generator().manual_seed(0)
         memories = {name: Memory(args.slots, name) for name in POLICIES}
-        for _ in range(50):                                     # 50 batches of 8, one item in ten is of the rare mode
+        for _ in range(50):                                     # 50 batches of 8, a tenth of the rare mode
             rare = torch.rand(8, generator=generator) < 0.1
             items = torch.randn(8, 16, generator=generator)
             items[:, 0] += torch.where(rare, -6.0, 6.0)

@@ -2,7 +2,7 @@
 
     L_r = mean over the classes c in the batch of  1 - min cos(z_hat[c], real memory[c])
     L_d = mean over the classes c in the batch of      max cos(z_hat[c], generated memory[c])
-    L   = L_diff + lambda_r L_r + lambda_d L_d                        Gu et al. 2024, eq. 3 and 4; Fan et al. 2025
+    L   = L_diff + lambda_r L_r + lambda_d L_d                    Gu et al. 2024, eq. 3 and 4; Fan et al. 2025
 
     python minimax.py          # MINIMAX_COST
 
@@ -16,9 +16,9 @@ import pathlib
 import torch
 import torch.nn.functional as F
 
-from data import UserError, add_flags, command, device_named, load, new_parser, one_sentence
-from diffusion import (DiT, Plan, Trainer, difffit_parameters, finished, fit, fit_tensors, load_tensors, new_header,
-                       read_header, train_base)
+from data import (UserError, add_flags, command, device_named, load, new_parser, one_sentence)
+from diffusion import (DiT, Plan, Trainer, difffit_parameters, finished, fit, fit_tensors, load_tensors,
+                       new_header, read_header, train_base)
 from memory import Memory, policies
 
 # ----------------------------------------------------------------------------------------------------
@@ -33,12 +33,12 @@ def cosines(z, memory):
 
 
 def representativeness(z, memory):
-    """1 - the smallest cosine of all n x M pairs: pulls the worst-covered pair together (Gu et al. 2024, eq. 3)."""
+    """1 - the smallest of n x M cosines: pulls the worst-covered pair together (Gu et al. 2024, eq. 3)."""
     return 1 - cosines(z, memory).min()
 
 
 def diversity(z, memory):
-    """The largest cosine of all n x M pairs: pushes the most alike pair apart (Gu et al. 2024, eq. 4)."""
+    """The largest of n x M cosines: pushes the most alike pair apart (Gu et al. 2024, eq. 4)."""
     return cosines(z, memory).max()
 
 
@@ -71,8 +71,8 @@ class MinMax:
     def __call__(self, denoised, x0, labels):
         """denoised: diffusion.Denoised; x0 (B, C, H, W); labels (B,) -> (scalar, {"repr": L_r, "div": L_d}).
 
-        Compares before it pushes, so that nothing is compared with itself. A class whose memory is still empty
-        adds nothing but counts in the mean.
+        Compares before it pushes, so that nothing is compared with itself. A class whose memory is still
+        empty adds nothing but counts in the mean.
         """
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
@@ -129,7 +129,7 @@ def checked(args, recipe):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser)
+    add_flags(parser, "data root recipe validation out seed device overwrite")
     parser.add_argument("--base", type=pathlib.Path, metavar="FILE",
                         help="what to start from (default: out/NAME/base.safetensors, made if there is none)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
@@ -137,7 +137,8 @@ def main(argv=None):
     parser.add_argument("--lambda-d", type=float, help="weight of diversity (default: the recipe's)")
     parser.add_argument("--memory", default="fifo", metavar="fifo|adaptive|REAL,GENERATED",
                         help="what is forgotten: see memory.py (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=64, help="memory entries per class (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=64,
+                        help="memory entries per class (default: %(default)s)")
     parser.add_argument("--z-hat", choices=("x0", "paper"), default="x0",
                         help="the guess that the losses compare (default: %(default)s)")
     parser.add_argument("--naive", action="store_true", help="means in place of min and max, for comparison")
@@ -159,7 +160,8 @@ def run(args, typed):
         if args.base:
             raise UserError(f"there is no {base}: python diffusion.py makes a base model")
         print(f"no {base} yet: making it first, once")
-        train_base(data, base, steps=recipe.steps, seed=args.seed, device=device, overwrite=False, typed=typed)
+        train_base(data, base, steps=recipe.steps, seed=args.seed, device=device, overwrite=False,
+                   typed=typed)
     header = read_header(base)
     if "base" in header:
         raise UserError(f"{base} is fine-tuned already: start from a base model")
@@ -176,14 +178,15 @@ def run(args, typed):
         return
     model, config = tuned_model(base, header, args.tune, device)
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"min-max | {data.name} | device {device} | {tuned:,} of {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters tuned | {steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"min-max | {data.name} | device {device} | {tuned:,} of {parameters:,} parameters tuned | "
+          f"{steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
           f"memory {','.join(memory)} x {args.slots} | seed {args.seed}")
     losses = MinMax(lambda_r, lambda_d, args.slots, memory, args.z_hat, args.naive)
     rows = torch.tensor(header["rows"], device=device)
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
     fit(Trainer(model, data.train.to(device), rows, plan, losses), path,
-        {**new_header(data, config, settings, typed), "rows": header["rows"], "base": origin})
+        {**new_header(data, config, settings, typed), "rows": header["rows"], "base": origin}, args.overwrite)
     print(f"saved {path} -> python sample.py --steps 10")
 
 

@@ -64,7 +64,8 @@ def timesteps(steps, grid="uniform", T=Schedule.T):
 def ddim_step(xt, x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
     """Song et al. 2021, eq. 12. eta = 0 is deterministic, eta = 1 has DDPM's variance."""
     sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
-    return math.sqrt(abar_prev) * x0_hat + math.sqrt(max(0.0, 1 - abar_prev - sigma**2)) * eps_hat + sigma * noise
+    direction = math.sqrt(max(0.0, 1 - abar_prev - sigma**2)) * eps_hat
+    return math.sqrt(abar_prev) * x0_hat + direction + sigma * noise
 
 
 def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
@@ -170,7 +171,7 @@ class PngFolder:
         return all(self.file(*item).is_file() for item in items)
 
     def write(self, items, images):
-        for item, image in zip(items, images):
+        for item, image in zip(items, images, strict=True):
             write_png(self.file(*item), image)
 
     def finish(self, items):
@@ -186,7 +187,10 @@ class PngFolder:
 
 
 class NpzFile:
-    """distilled.npz (images, labels, classes), for sets too large for a file per image; its blocks wait beside it."""
+    """distilled.npz (images, labels, classes), for sets too large for a file per image.
+
+    Its blocks wait beside it until all are drawn.
+    """
 
     def __init__(self, out, classes):
         self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
@@ -210,7 +214,8 @@ class NpzFile:
 
     def images(self, items):
         with np.load(self.path) as arrays:
-            return torch.from_numpy(arrays["images"][[index * len(self.classes) + label for label, index in items]])
+            positions = [index * len(self.classes) + label for label, index in items]
+            return torch.from_numpy(arrays["images"][positions])
 
     def remove(self):
         shutil.rmtree(self.parts, ignore_errors=True)
@@ -224,8 +229,8 @@ class NpzFile:
 def distil(draw, store, record, total, budget, batch, save):
     """Draws block after block into `store` until `total` images exist or the next block would pass `budget`.
 
-    draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from the
-    first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
+    draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from
+    the first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
     Returns the (label, index) of the images of all complete rounds.
     """
     K, done, number, longest = len(record["classes"]), 0, 0, 0.0
@@ -244,8 +249,8 @@ def distil(draw, store, record, total, budget, batch, save):
             save(record)
             bar.update(len(items))
     if done < K:
-        raise UserError(f"{record['seconds']:.1f} seconds gave {done} images, and one of each of the {K} classes "
-                        f"is the least: raise --seconds")
+        raise UserError(f"{record['seconds']:.1f} seconds gave {done} images, and one of each of the {K} "
+                        "classes is the least: raise --seconds")
     return block(0, done // K * K, K)
 
 
@@ -282,32 +287,37 @@ def checked(args):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, recipe=False)
+    add_flags(parser, "data root validation out seed device overwrite")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from (default: out/NAME/minimax.safetensors)")
-    parser.add_argument("--steps", type=int, default=10, help="network calls per image (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10,
+                        help="network calls per image (default: %(default)s)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
     parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing"), default="quadratic",
                         help="where in t the steps lie (default: %(default)s)")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--eta", type=float, default=0.0,
+                        help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
                                                        "(default: the recipe's)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
-    parser.add_argument("--seconds", type=float, help="instead: as many complete rounds as fit into this time")
+    parser.add_argument("--seconds", type=float,
+                        help="instead: as many complete rounds as fit into this time")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
-    parser.add_argument("--batch", type=int, default=100, help="less needs less memory (default: %(default)s)")
-    parser.add_argument("--npz", action="store_true", help="one distilled.npz instead of a file for each image")
+    parser.add_argument("--batch", type=int, default=100,
+                        help="less needs less memory (default: %(default)s)")
+    parser.add_argument("--npz", action="store_true",
+                        help="one distilled.npz instead of a file for each image")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         run(args, command(__file__, argv))
 
 
 def open_record(args, settings, fresh, store, path):
-    """The record to go on with: the one at `path` if its settings are the same, else `fresh`; refuses others'."""
+    """The record to go on with: `path`'s if its settings are the same, else `fresh`; refuses others'."""
     if not path.is_file():
         if store.path.exists() and not args.overwrite:
-            raise UserError(f"{store.path} is there, but no {path.name} says what it is: choose --out ELSEWHERE, "
-                            f"or --overwrite to replace it")
+            raise UserError(f"{store.path} is there, but no {path.name} says what it is: "
+                            "choose --out ELSEWHERE, or --overwrite to replace it")
         store.remove()
         return fresh
     found = json.loads(path.read_text())
@@ -332,16 +342,20 @@ def run(args, typed):
         raise UserError(f"there is no {checkpoint}: {makes} makes one")
     model, header = load_model(checkpoint, device)
     if header["data"] != name:
-        raise UserError(f"{checkpoint} is of the data set {header['data']}, not {name}: say which with --data")
+        raise UserError(f"{checkpoint} is of the data set {header['data']}, not {name}: "
+                        "say which with --data")
     guidance = header["guidance"] if args.guidance is None else args.guidance
     classes, size = header["classes"], header["config"]["size"]
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
-                "eta": args.eta, "guidance": guidance, "seed": args.seed, "batch": args.batch, "npz": args.npz}
+                "eta": args.eta, "guidance": guidance, "seed": args.seed, "batch": args.batch,
+                "npz": args.npz}
     store, record_path = (NpzFile if args.npz else PngFolder)(out, classes), out / "distilled.json"
-    record = open_record(args, settings, {"settings": settings, "data": name, "classes": classes, "ipc": 0,
-                                          "budget": 0.0, "seconds": 0.0, "command": typed}, store, record_path)
-    print(f"{checkpoint} | {name} | device {device} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M "
-          f"parameters | {args.sampler}, {args.steps} steps, {args.grid} grid | guidance {guidance:g} | "
+    fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
+             "command": typed}
+    record = open_record(args, settings, fresh, store, record_path)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{checkpoint} | {name} | device {device} | {parameters / 1e6:.2f}M parameters | "
+          f"{args.sampler}, {args.steps} steps, {args.grid} grid | guidance {guidance:g} | "
           f"seed {args.seed}")
     if record["ipc"] >= ipc or record["budget"] >= budget:
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
@@ -351,7 +365,8 @@ def run(args, typed):
         rows = torch.tensor([header["rows"][label] for label, _ in items], device=device)
         noise = image_noise(args.seed, [(classes[label], index) for label, index in items],
                             (header["config"]["channels"], size, size), device)
-        x = draw_images(guided(model, rows, header["rows"][-1], guidance), noise, times, args.sampler, args.eta)
+        predict = guided(model, rows, header["rows"][-1], guidance)
+        x = draw_images(predict, noise, times, args.sampler, args.eta)
         if not x.isfinite().all():
             raise UserError(f"{checkpoint} draws images that are not finite: a smaller --guidance may help")
         return to_uint8(x).cpu()

@@ -6,7 +6,7 @@
 The judge (ConvNetD3-W128) sees the training set alone: SGD 0.01, momentum 0.9, weight decay 5e-4, a tenth of
 the rate and a fresh optimizer after half of the epochs, one random family of augmentations per batch. The
 number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation over n
-runs (a new judge each, and a new draw for "random"); the best epoch stands beside it because others report it.
+runs (a new judge each, and a new draw for "random"); the best epoch stands beside it since others report it.
 Prints a table; appends each row to out/digits/results.jsonl.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024).
 """
@@ -25,7 +25,8 @@ from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm import tqdm
 
 from convnet import ConvNet
-from data import (ImageSet, UserError, add_flags, command, device_named, load, new_parser, one_sentence, read_set)
+from data import (ImageSet, UserError, add_flags, command, device_named, load, new_parser, one_sentence,
+                  read_set)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Differentiable siamese augmentation (DSA), as the challenge uses it: whole batches, new numbers per image
@@ -49,14 +50,15 @@ def crop(x, g):
     s = int(H * 0.125 + 0.5)
     dy, dx = torch.randint(0, 2 * s + 1, (2, B, 1), generator=g, device=x.device)
     image, channel = torch.arange(B, device=x.device), torch.arange(C, device=x.device)
-    rows, columns = torch.arange(H, device=x.device) + dy, torch.arange(W, device=x.device) + dx  # (B, H), (B, W)
+    rows = torch.arange(H, device=x.device) + dy                            # (B, H)
+    columns = torch.arange(W, device=x.device) + dx                         # (B, W)
     padded = F.pad(x, (s, s, s, s))                                         # (B, C, H + 2s, W + 2s)
     return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None],
                   columns[:, None, None, :]]                                # (B, C, H, W)
 
 
 def cutout(x, g):
-    """Zeroes a box half the size wide whose centre is anywhere in the image, so part of it may lie outside."""
+    """Zeroes a box half the size wide whose centre is anywhere in the image, so part may lie outside."""
     B, _, H, W = x.shape
     half, even = int(H * 0.5 + 0.5) // 2, 1 - int(H * 0.5 + 0.5) % 2
     cy, cx = torch.randint(0, H + even, (2, B, 1), generator=g, device=x.device)
@@ -116,15 +118,16 @@ def normalise(images, recipe):
 @torch.no_grad()
 def accuracy(judge, x, labels):
     """Percent of x (N, C, H, W), normalised, that the judge names right."""
-    right = sum(int((judge(part).argmax(1) == y).sum()) for part, y in zip(x.split(512), labels.split(512)))
+    parts = zip(x.split(512), labels.split(512), strict=True)
+    right = sum(int((judge(part).argmax(1) == y).sum()) for part, y in parts)
     return 100 * right / len(labels)
 
 
 def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10, bf16=False):
     """A fresh ConvNetD3-W128 trained on `train`, tested on `test` (ImageSets on one device).
 
-    Returns (judge, accuracies): percent on `test`, at `curve` epochs evenly spread; the last is the last epoch's.
-    The same seed gives the same weights, batches and augmentations.
+    Returns (judge, accuracies): percent on `test`, at `curve` epochs evenly spread; the last is the last
+    epoch's. The same seed gives the same weights, batches and augmentations.
     """
     device = train.images.device
     g = torch.Generator(device).manual_seed(seed)
@@ -155,17 +158,18 @@ def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10,
 # ----------------------------------------------------------------------------------------------------
 # 3. Training sets to compare with: ipc images a class, out of the real ones
 #
-# Each is (train, ipc, features, generator) -> ImageSet; features(x) are those of a judge trained on all of it.
+# Each is (train, ipc, features, generator) -> ImageSet; features are those of a judge trained on all of it.
 
 
 def by_class(choose):
-    """Makes a selector of a whole set out of choose(features (n, F), ipc, g) -> (ipc,) positions in one class."""
+    """Makes a selector of a whole set from choose(features (n, F), ipc, g) -> (ipc,) positions in a class."""
     def select(train, ipc, features, g):
         index = []
         for c in range(len(train.classes)):
             mine = (train.labels == c).nonzero().squeeze(1)                 # (n,)
             if len(mine) < ipc:
-                raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+                raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, "
+                                f"fewer than --ipc {ipc}")
             index.append(mine[choose(features[mine], ipc, g).to(mine.device)])
         return train.pick(torch.cat(index))
     return select
@@ -188,7 +192,7 @@ def choose_herding(features, ipc, g):
 
 
 def choose_kcenter(features, ipc, g):
-    """Greedily takes the point farthest from all chosen ones (Sener & Savarese 2018), the most central first."""
+    """Greedily takes the point farthest from all chosen (Sener & Savarese 2018), the most central first."""
     chosen = [int((features - features.mean(dim=0)).norm(dim=1).argmin())]
     nearest = (features - features[chosen[0]]).norm(dim=1)                  # (n,)
     while len(chosen) < ipc:
@@ -203,7 +207,8 @@ def kmeans(train, ipc, features, g):
     for c in range(len(train.classes)):
         mine = train.images[train.labels == c].flatten(1).cpu().double().numpy()
         if len(mine) < ipc:
-            raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+            raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, "
+                            f"fewer than --ipc {ipc}")
         seed = int(torch.randint(2**31, (), generator=g))
         centers = KMeans(ipc, n_init=3, random_state=seed).fit(mine).cluster_centers_
         images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *shape))
@@ -216,7 +221,7 @@ SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herdi
 
 
 def training_set(source, data, ipc, features, g):
-    """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b" of those.
+    """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
 
     ipc: images a class, None for all that a folder holds. Raises UserError where there are fewer.
     """
@@ -230,7 +235,8 @@ def training_set(source, data, ipc, features, g):
             found = read_set(name, data.recipe.size, data.recipe.channels, data.train.classes)
             parts.append(found if ipc is None else first_of_each(found, ipc, name))
     return ImageSet(torch.cat([part.images.to(data.train.images.device) for part in parts]),
-                    torch.cat([part.labels.to(data.train.labels.device) for part in parts]), data.train.classes)
+                    torch.cat([part.labels.to(data.train.labels.device) for part in parts]),
+                    data.train.classes)
 
 
 def first_of_each(whole, ipc, name):
@@ -242,7 +248,7 @@ def first_of_each(whole, ipc, name):
 
 
 def count_epochs(recipe, images):
-    """The judge's epochs on a set of so many images: the recipe's, fewer where that is more than recipe.views."""
+    """The judge's epochs on so many images: the recipe's, fewer where that is more than recipe.views."""
     return max(1, min(recipe.epochs, recipe.views // images))
 
 
@@ -262,8 +268,8 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     return {"data": data.name, "train": source, "ipc": len(train.labels) // len(train.classes),
             "images": len(train.labels), "judge": "ConvNetD3-W128", "epochs": count, "runs": runs,
             "accuracy": last, "mean": round(statistics.mean(last), 4),
-            "std": round(statistics.stdev(last), 4) if runs > 1 else None, "best": round(statistics.mean(best), 4),
-            "seconds": round(time.monotonic() - began, 1),
+            "std": round(statistics.stdev(last), 4) if runs > 1 else None,
+            "best": round(statistics.mean(best), 4), "seconds": round(time.monotonic() - began, 1),
             "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
 
 
@@ -276,8 +282,8 @@ def judge_features(data, seed, bf16):
     """The same, from a judge trained once, when herding or k-center first ask, on the full real set."""
     @functools.lru_cache(maxsize=1)
     def trained():
-        judge, _ = train_judge(data.train, data.test, data.recipe, count_epochs(data.recipe, len(data.train.labels)),
-                               seed, curve=1, bf16=bf16)
+        epochs = count_epochs(data.recipe, len(data.train.labels))
+        judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed, curve=1, bf16=bf16)
         with torch.no_grad():
             x = normalise(data.train.images, data.recipe)
             return torch.cat([judge.embed(part) for part in x.split(512)])  # (N, F)
@@ -298,19 +304,22 @@ def gains_from_bf16(device):
 
 def table_line(row):
     spread = f"+- {row['std']:.2f}" if row["std"] is not None else "       "
-    return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | {row['mean']:6.2f} {spread:7} ({row['runs']}) | "
+    return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | "
+            f"{row['mean']:6.2f} {spread:7} ({row['runs']}) | "
             f"{row['best']:6.2f} | {row['epochs']:6} | {row['seconds']:6.1f}")
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
-                        help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum a+b; "
-                             "random and full are always there (default: distilled random kmeans full)")
-    add_flags(parser, overwrite=False)
-    parser.add_argument("--ipc", type=int, help="images per class (default: as many as the first folder holds, or 10)")
+                        help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum "
+                             "a+b; random and full are always there (default: distilled random kmeans full)")
+    add_flags(parser, "data root recipe validation out seed device")
+    parser.add_argument("--ipc", type=int,
+                        help="images per class (default: as many as the first folder holds, or 10)")
     parser.add_argument("--runs", type=int, default=5, help="judges per row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="of every judge (default: by the recipe and the set's size)")
+    parser.add_argument("--epochs", type=int,
+                        help="of every judge (default: by the recipe and the set's size)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                         help="bfloat16 arithmetic (default: where it is faster)")
     args = parser.parse_args(argv)
@@ -329,7 +338,8 @@ def run(args, typed):
     home = pathlib.Path("out", data.name)
     sources = list(args.sources or ("distilled", "random", "kmeans", "full"))
     sources += [name for name in ("random", "full") if name not in sources]
-    folders = {name: name for source in sources for name in source.split("+") if name not in (*SELECTORS, "full")}
+    folders = {name: name for source in sources for name in source.split("+")
+               if name not in (*SELECTORS, "full")}
     if "distilled" in folders:
         folders["distilled"] = str(next((home / kind for kind in ("distilled", "distilled.npz")
                                          if (home / kind).exists()), home / "distilled"))
@@ -344,7 +354,8 @@ def run(args, typed):
     results = (args.out or home) / "results.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     print(f"{data.name} | judge ConvNetD3-W128 at {data.recipe.judge_size} px | device {device}"
-          f"{' bf16' if bf16 else ''} | {args.runs} runs | seed {args.seed} | tested on {len(data.test.labels)} real images")
+          f"{' bf16' if bf16 else ''} | {args.runs} runs | seed {args.seed} | "
+          f"tested on {len(data.test.labels)} real images")
     print(f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds")
     features = judge_features(data, args.seed, bf16)
     for source in tqdm(sources, disable=None, leave=False):

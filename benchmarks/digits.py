@@ -1,4 +1,4 @@
-"""Measures every row of the README's tables in one run, and writes the tables and the plot from what it measured.
+"""Measures every row of the README's tables in one run, then writes the tables and the plot from them.
 
     python benchmarks/digits.py            # BENCH_COST; interrupted, it goes on with the row it was at
     python benchmarks/digits.py --tables   # no measuring: only rewrites the README from results/digits.jsonl
@@ -19,13 +19,13 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import minimax  # noqa: E402
-import sample  # noqa: E402
-from data import device_named, load, new_parser, one_sentence, replacing  # noqa: E402
-from train_eval import evaluate, gains_from_bf16, judge_features  # noqa: E402
+import minimax
+import sample
+from data import device_named, load, new_parser, one_sentence, replacing
+from train_eval import evaluate, gains_from_bf16, judge_features
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 RESULTS = ROOT / "results" / "digits.jsonl"
 RUNS, BUDGET = 5, 10
@@ -47,13 +47,14 @@ ABLATION = {                   # row -> the flags of minimax.py; None is the bas
 def real_row(source, ipc, data, bf16):
     """A row of real images; its command trains the same judges."""
     device = data.test.images.device
-    row = evaluate(source, data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16, features=judge_features(data, 0, bf16))
+    row = evaluate(source, data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16,
+                   features=judge_features(data, 0, bf16))
     return {**row, "device": str(device) + (" bf16" if bf16 else ""),
             "command": f"python train_eval.py {source}" + (f" --ipc {ipc}" if source != "full" else "")}
 
 
 def generated_row(flags, ipc, data, bf16):
-    """A row of drawn images: a set for each seed, a judge for each set. flags: minimax.py's, or None for the base."""
+    """A row of drawn images: a set for each seed, a judge for each set. flags: minimax.py's (None: base)."""
     out = pathlib.Path("out/bench") / ("base" if flags is None else "tuned" + flags.replace(" ", ""))
     if flags is None:
         checkpoint, made = "out/digits/base.safetensors", ""
@@ -72,7 +73,8 @@ def generated_row(flags, ipc, data, bf16):
             "mean": round(statistics.mean(accuracy), 4), "std": round(statistics.stdev(accuracy), 4),
             "best": round(statistics.mean(row["best"] for row in rows), 4), "drawn": round(drawn / RUNS, 2),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "command": f"{made}{sampled} --ipc {ipc} --seed S; python train_eval.py --runs 1 --seed S, S = 0...4"}
+            "command": f"{made}{sampled} --ipc {ipc} --seed S; "
+                       "python train_eval.py --runs 1 --seed S, S = 0...4"}
 
 
 def budget_row(steps, data, bf16):
@@ -108,7 +110,8 @@ def measure(data, bf16):
 
 
 def machine():
-    return f"{torch.get_num_threads()} CPU cores, torch {torch.__version__.split('+')[0]}, {time.strftime('%Y-%m-%d')}"
+    return (f"{torch.get_num_threads()} CPU cores, torch {torch.__version__.split('+')[0]}, "
+            f"{time.strftime('%Y-%m-%d')}")
 
 
 def read_rows():
@@ -128,13 +131,15 @@ def tables(rows):
     def table(head, lines):
         return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
     of = {name: [row for row in rows if row["table"] == name] for name in ("main", "ablation", "steps")}
-    drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"  # noqa: E731
+    drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
     return {
-        "main": table("| trained on | images a class | accuracy, % (n) | seconds to draw | machine | command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {drawn(row)} | {row['machine'].split(',')[0]} | "
-            f"`{row['command']}` |" for row in of["main"]]),
+        "main": table("| trained on | images a class | accuracy, % (n) | seconds to draw | machine "
+                      "| command |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} | {drawn(row)} | "
+            f"{row['machine'].split(',')[0]} | `{row['command']}` |" for row in of["main"]]),
         "ablation": table("| model | accuracy at 10 a class, % (n) | command |", [
-            f"| {row['row']} | {spread(row)} | `{row['command'].split(';')[0]}` |" for row in of["ablation"]]),
+            f"| {row['row']} | {spread(row)} | `{row['command'].split(';')[0]}` |"
+            for row in of["ablation"]]),
         "steps": table("| steps | images a class | accuracy, % (n) | command |", [
             f"| {row['steps']} | {row['ipc']} | {spread(row)} | `{row['command'].split(';')[0]}` |"
             for row in of["steps"]]),
@@ -170,13 +175,15 @@ def plot(rows, path):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--tables", action="store_true", help="measure nothing; rewrite the README's tables and plot")
+    parser.add_argument("--tables", action="store_true",
+                        help="measure nothing; rewrite the README's tables and plot")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         if not args.tables:
             device = device_named("cpu")
             data = load()
-            measure(data._replace(train=data.train.to(device), test=data.test.to(device)), gains_from_bf16(device))
+            data = data._replace(train=data.train.to(device), test=data.test.to(device))
+            measure(data, gains_from_bf16(device))
         rows = read_rows()
         plot(rows, ROOT / "assets" / "steps.png")
         write_readme(tables(rows))

@@ -16,16 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from convnet import ConvNet  # noqa: E402
-from data import device_named, load, new_parser, one_sentence  # noqa: E402
-from diffusion import DiT, Plan, Trainer, denoising_loss, draw  # noqa: E402
-from minimax import MinMax  # noqa: E402
-from sample import guided  # noqa: E402
-from train_eval import dsa, normalise  # noqa: E402
+from convnet import ConvNet
+from data import device_named, load, new_parser, one_sentence
+from diffusion import DiT, Plan, Trainer, denoising_loss, draw
+from minimax import MinMax
+from sample import guided
+from train_eval import dsa, normalise
 
 
 def seconds(work, device, rounds=7, least=0.3):
-    """The median time of one call of `work`, over rounds of at least `least` seconds each, after a warm-up."""
+    """The median time of a call of `work`, over rounds of at least `least` seconds each, after a warm-up."""
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -54,7 +54,8 @@ def flops(work):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:N or mps (default: the fastest here)")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         device = device_named(args.device)
@@ -67,15 +68,17 @@ def measure(device):
     train, rows = train.to(device), torch.arange(11, device=device)
     a, b = torch.randn(2, 2048, 2048, device=device)
     peak = 2 * 2048**3 / seconds(lambda: a @ b, device)
-    print(f"matrix product, 2048 wide, fp32 | {peak / 1e9:.0f} GFLOP/s | device {device}, {torch.get_num_threads()} threads")
+    print(f"matrix product, 2048 wide, fp32 | {peak / 1e9:.0f} GFLOP/s | "
+          f"device {device}, {torch.get_num_threads()} threads")
 
     model = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device)
     plan = Plan(10**6, recipe.batch, 1e-4, False, recipe.ema, 0, False)
     trainer = Trainer(model, train, rows, plan)
     step = seconds(lambda: trainer.step(0), device)
     done = flops(lambda: trainer.step(0))
-    print(f"DiT-tiny training step, batch {plan.batch} | {step * 1e3:.1f} ms | {plan.batch / step:.0f} images/s | "
-          f"{done / step / 1e9:.0f} GFLOP/s, {100 * done / step / peak:.0f} % of the matrix product")
+    print(f"DiT-tiny training step, batch {plan.batch} | {step * 1e3:.1f} ms | "
+          f"{plan.batch / step:.0f} images/s | {done / step / 1e9:.0f} GFLOP/s, "
+          f"{100 * done / step / peak:.0f} % of the matrix product")
 
     plan = plan._replace(batch=recipe.tune_batch)
     plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, MinMax(.002, .008))
@@ -84,15 +87,18 @@ def measure(device):
         with torch.no_grad():
             full.extra(denoising_loss(model, plain.schedule, x0, y, t, eps), x0, labels)
     without, with_losses = seconds(lambda: plain.step(0), device), seconds(lambda: full.step(0), device)
-    print(f"min-max losses, FIFO of 64, batch {plan.batch} | {(with_losses - without) * 1e3:.1f} ms | "
-          f"{100 * (with_losses - without) / with_losses:.0f} % of a fine-tuning step of {with_losses * 1e3:.1f} ms")
+    added = with_losses - without
+    print(f"min-max losses, FIFO of 64, batch {plan.batch} | {added * 1e3:.1f} ms | "
+          f"{100 * added / with_losses:.0f} % of a fine-tuning step of {with_losses * 1e3:.1f} ms")
 
-    x, labels = torch.randn(100, 1, recipe.size, recipe.size, device=device), torch.arange(100, device=device) % 10
+    x = torch.randn(100, 1, recipe.size, recipe.size, device=device)
+    labels = torch.arange(100, device=device) % 10
     predict = torch.no_grad()(guided(model.eval(), labels, 10, 1.5))
     call = seconds(lambda: predict(x, 500), device)
     done = flops(lambda: predict(x, 500))
-    print(f"sampling step with guidance, 100 images | {call * 1e3:.1f} ms | {100 / call / 10:.0f} images/s at 10 steps | "
-          f"{done / call / 1e9:.0f} GFLOP/s, {100 * done / call / peak:.0f} % of the matrix product")
+    print(f"sampling step with guidance, 100 images | {call * 1e3:.1f} ms | "
+          f"{100 / call / 10:.0f} images/s at 10 steps | {done / call / 1e9:.0f} GFLOP/s, "
+          f"{100 * done / call / peak:.0f} % of the matrix product")
 
     judge, g = ConvNet(recipe.judge_size, 1, 10).to(device), torch.Generator(device).manual_seed(0)
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -102,9 +108,11 @@ def measure(device):
         optimizer.zero_grad()
         F.cross_entropy(judge(x), train.labels[:256]).backward()
         optimizer.step()
-    bare, augment = seconds(lambda: learn(batch), device), seconds(lambda: dsa(batch, recipe.augment.split("_"), g), device)
-    print(f"judge's step, batch 256 | {(bare + augment) * 1e3:.1f} ms | {256 / (bare + augment):.0f} images/s | "
-          f"augmentation {100 * augment / (bare + augment):.1f} % of it")
+    bare = seconds(lambda: learn(batch), device)
+    augment = seconds(lambda: dsa(batch, recipe.augment.split("_"), g), device)
+    whole = bare + augment
+    print(f"judge's step, batch 256 | {whole * 1e3:.1f} ms | {256 / whole:.0f} images/s | "
+          f"augmentation {100 * augment / whole:.1f} % of it")
 
 
 if __name__ == "__main__":

@@ -13,22 +13,26 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import data as data_module  # noqa: E402
-import diffusion  # noqa: E402
+import data as data_module
+import diffusion
 
-SMALL = dataclasses.replace(data_module.RECIPES["digits"], network="mini", steps=6, batch=8, tune_steps=4,
-                            tune_batch=8, epochs=4, views=600)
+
+def shrink():
+    """(where, name, value): a network and training lengths that take a blink."""
+    recipes = data_module.RECIPES
+    short = {"network": "mini", "steps": 6, "batch": 8, "tune_steps": 4, "tune_batch": 8}
+    return [(diffusion.SIZES, "mini", (2, 32, 2)),
+            (recipes, "digits", dataclasses.replace(recipes["digits"], epochs=4, views=600, **short)),
+            (recipes, "folder", dataclasses.replace(recipes["folder"], size=8, judge_size=8, patch=2,
+                                                    epochs=2, views=200, **short))]
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty current directory, and a network and a training length that take a blink."""
+    """An empty current directory, and the small recipes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(diffusion.SIZES, "mini", (2, 32, 2))
-    monkeypatch.setitem(data_module.RECIPES, "digits", SMALL)
-    monkeypatch.setitem(data_module.RECIPES, "folder", dataclasses.replace(
-        data_module.RECIPES["folder"], size=8, judge_size=8, patch=2, network="mini", steps=6, batch=8,
-        tune_steps=4, tune_batch=8, epochs=2, views=200))
+    for where, name, value in shrink():
+        monkeypatch.setitem(where, name, value)
     torch.manual_seed(0)
 
 
@@ -59,23 +63,21 @@ def sentence(capsys):
 
 
 @pytest.fixture
-def process():
-    """Runs main(argv) of a module with the real recipes, in its own process; returns what it printed.
+def kill_and_resume():
+    """Starts a module's main(argv) in its own process, SIGKILLs it once `when()` is true, runs it again."""
+    here = pathlib.Path(__file__).parent
 
-    kill_when: SIGKILL it once that is true, then run it again to its end.
-    """
-    root = str(pathlib.Path(__file__).parents[1])
-
-    def run(module, argv, kill_when=None):
-        code = (f"import sys; sys.path.insert(0, {root!r}); import diffusion, {module}; diffusion.SAVE_EVERY = 0; "
-                f"{module}.main({list(map(str, argv))!r})")
-        if kill_when is not None:
-            victim, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 60
-            while not kill_when():
-                assert victim.poll() is None, "it ended before it could be killed"
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            victim.send_signal(signal.SIGKILL)
-            victim.wait()
+    def run(module, argv, when):
+        code = (f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+                f"import conftest, diffusion, {module}\n"
+                f"for where, name, value in conftest.shrink(): where[name] = value\n"
+                f"diffusion.SAVE_EVERY = 0\n{module}.main({list(map(str, argv))!r})")
+        victim, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 60
+        while not when():
+            assert victim.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return run

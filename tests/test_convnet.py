@@ -12,9 +12,8 @@ def test_convnetd3_has_the_published_parameters(size, classes, count):
     judge = ConvNet(size, 3, classes)
     shapes = {name: tuple(tensor.shape) for name, tensor in judge.state_dict().items()}
     assert sum(p.numel() for p in judge.parameters()) == count
-    assert list(shapes) == [f"{name}.{kind}" for name in ("features.0", "features.1", "features.4", "features.5",
-                                                          "features.8", "features.9", "classifier")
-                            for kind in ("weight", "bias")]
+    layers = [f"features.{k}" for k in (0, 1, 4, 5, 8, 9)] + ["classifier"]
+    assert list(shapes) == [f"{name}.{kind}" for name in layers for kind in ("weight", "bias")]
     assert shapes["features.0.weight"] == (128, 3, 3, 3) and shapes["features.4.weight"] == (128, 128, 3, 3)
     assert shapes["classifier.weight"] == (classes, 128 * (size // 8) ** 2)
 

@@ -39,7 +39,8 @@ def test_uint8_survives_the_trip_through_floats():
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
 def test_a_picture_of_any_mode_is_read(tmp_path, mode):
     grey = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
-    image = Image.fromarray((grey.astype(np.uint16) * 257)) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    deep = mode == "I;16"
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if deep else Image.fromarray(grey).convert(mode)
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     image.save(path)
     for channels in (1, 3):
@@ -124,7 +125,8 @@ def test_what_cannot_be_read_is_named(pictures, tmp_path, sentence):
 def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, words):
     kept = tmp_path / "kept"
     kept.write_text("good")
-    with pytest.raises(SystemExit) as stop, data.one_sentence(data.new_parser("")), data.replacing(kept) as temporary:
+    with pytest.raises(SystemExit) as stop, data.one_sentence(data.new_parser("")), \
+            data.replacing(kept) as temporary:
         temporary.write_text("half")
         raise error
     assert stop.value.code == 2 and words in capsys.readouterr().err

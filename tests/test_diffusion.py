@@ -84,7 +84,8 @@ def test_positions_are_sines_then_cosines_with_the_column_first():
     token = table[row * 4 + column]
     for half, place in ((token[:8], column), (token[8:], row)):
         angles = [place * 10000 ** (-i / 4) for i in range(4)]
-        assert torch.allclose(half, torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]))
+        wanted = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+        assert torch.allclose(half, wanted)
 
 
 def test_a_new_network_predicts_zero_and_its_blocks_are_the_identity():
@@ -117,8 +118,8 @@ def test_gammas_start_at_one_and_change_nothing():
 
 
 def test_learned_variance_doubles_the_channels():
-    assert small(learned_variance=True)(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long()).shape == (
-        2, 2, 8, 8)
+    out = small(learned_variance=True)(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long())
+    assert out.shape == (2, 2, 8, 8)
 
 
 def test_the_loss_of_a_perfect_guess_is_zero_and_hands_back_x0():
@@ -145,7 +146,7 @@ def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
 def test_a_step_is_a_function_of_its_number():
     train, rows = load("digits").train, torch.arange(11)
     one, two = (diffusion.draw(train, 8, 17, 3, True, rows) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     other = diffusion.draw(train, 8, 18, 3, True, rows)
     assert not torch.equal(one[4], other[4])
 

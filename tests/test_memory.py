@@ -48,7 +48,7 @@ def test_similarities_are_taken_anew_after_each_drop():
     entries = torch.tensor([[1., 0.], [1., 0.], [1., .1], [0., 1.]])
     kept = Memory(2, "max")
     kept.push(0, entries)
-    assert [0., 1.] in kept.get(0).tolist()                       # the outlier stays; only one of the cluster with it
+    assert [0., 1.] in kept.get(0).tolist()                       # the outlier stays, with one of the cluster
 
 
 def test_memory_holds_no_gradients_and_survives_a_save(tmp_path):

@@ -39,9 +39,9 @@ def test_hand_computed_vectors():
     total, terms = losses(*batch([[0., -1.], [5., 0.]], [4, 4]))
     assert terms["repr"] == pytest.approx(1 + 1 / math.sqrt(2))    # (0, -1) against (1, 1)
     assert terms["div"] == pytest.approx(1)                        # (5, 0) against (1, 0)
-    assert total == pytest.approx(1 + 1 / math.sqrt(2) + 10)
+    assert total.item() == pytest.approx(1 + 1 / math.sqrt(2) + 10)
     total, terms = losses(*batch([[0., -1.], [1., 0.]], [4, 7]))
-    assert terms["repr"] == pytest.approx((1 + 1 / math.sqrt(2)) / 2)  # class 7 is new: nothing added, but counted
+    assert terms["repr"] == pytest.approx((1 + 1 / math.sqrt(2)) / 2)  # class 7 is new: it only counts
 
 
 def test_losses_are_compared_before_they_are_remembered():
@@ -141,20 +141,20 @@ def test_what_makes_no_sense_is_refused(pictures, sentence):
     assert "not be negative" in sentence(minimax.main, "--lambda-r", "-1")
     assert "at least 1" in sentence(minimax.main, "--slots", "0")
     assert "REAL,GENERATED" in sentence(minimax.main, "--memory", "lifo")
-    assert "of the data set digits" in sentence(minimax.main, "--data", pictures, "--base", "out/digits/base.safetensors")
+    assert "of the data set digits" in sentence(minimax.main, "--data", pictures,
+                                                "--base", "out/digits/base.safetensors")
     assert "fine-tuned already" in sentence(minimax.main, "--base", "out/digits/minimax.safetensors")
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(process):
+def test_a_killed_run_goes_on_to_the_same_bits(kill_and_resume):
     """Killed twice: while the base model is made, and while it is tuned."""
-    process("diffusion", ["--steps", 40, "--out", "whole"])
-    said = process("diffusion", ["--steps", 40, "--out", "cut"], pathlib.Path("cut/base.resume.pt").exists)
-    assert "going on from step" in said
-    argv = ["--steps", 40, "--slots", 8, "--memory", "adaptive", "--base"]
-    process("minimax", [*argv, "whole/base.safetensors", "--out", "whole"])
-    said = process("minimax", [*argv, "cut/base.safetensors", "--out", "cut"],
-                   pathlib.Path("cut/minimax.resume.pt").exists)
-    assert "going on from step" in said and not pathlib.Path("cut/minimax.resume.pt").exists()
-    for name in ("base", "minimax"):
+    tune = ["--steps", "60", "--slots", "8", "--memory", "adaptive", "--base"]
+    diffusion.main(["--steps", "60", "--out", "whole"])
+    minimax.main([*tune, "whole/base.safetensors", "--out", "whole"])
+    for module, argv in (("diffusion", ["--steps", "60"]), ("minimax", [*tune, "cut/base.safetensors"])):
+        name = "base" if module == "diffusion" else "minimax"
+        resume = pathlib.Path(f"cut/{name}.resume.pt")
+        said = kill_and_resume(module, [*argv, "--out", "cut"], resume.exists)
+        assert "going on from step" in said and not resume.exists()
         whole, cut = (diffusion.load_tensors(f"{out}/{name}.safetensors") for out in ("whole", "cut"))
         assert fingerprint(whole) == fingerprint(cut)

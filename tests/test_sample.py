@@ -24,23 +24,25 @@ def exact(x, t):
 
 
 def returned(times, **how):
-    """Mean and standard deviation of what a sampler returns with the perfect denoiser, without drawing anything.
+    """Mean and standard deviation of what a sampler returns with the perfect denoiser, without any draw.
 
-    All steps are linear, so the deviation is the root of the summed squares of the answers to each noise alone.
+    All steps are linear, so the deviation is the root of the summed squares of the answers to single noises.
     """
     one_by_one = torch.eye(len(times) + 1, dtype=torch.float64)   # a noise a column; the last row has none
 
     def noise(k):
-        column = one_by_one[:len(times), k] if k < len(times) else torch.zeros(len(times), dtype=torch.float64)
+        none = torch.zeros(len(times), dtype=torch.float64)
+        column = one_by_one[:len(times), k] if k < len(times) else none
         return torch.cat([column, torch.zeros(1, dtype=torch.float64)]).view(-1, 1, 1, 1)
     out = draw_images(exact, noise, times, **how).flatten()
     return out[-1].item(), (out[:-1] - out[-1]).norm().item()
 
 
-@pytest.mark.parametrize("grid, row", [("uniform", (.097, .181, .238, .275)), ("trailing", (.111, .185, .237, .273)),
+@pytest.mark.parametrize("grid, row", [("uniform", (.097, .181, .238, .275)),
+                                       ("trailing", (.111, .185, .237, .273)),
                                        ("quadratic", (.193, .244, .272, .289))])
 def test_few_steps_lose_diversity_by_the_known_amounts(grid, row):
-    for steps, std in zip((5, 10, 20, 50), row):
+    for steps, std in zip((5, 10, 20, 50), row, strict=True):
         mean, found = returned(timesteps(steps, grid))
         assert found == pytest.approx(std, abs=6e-4) and mean == pytest.approx(MEAN, abs=2e-3)
 
@@ -53,7 +55,7 @@ def test_many_steps_give_the_gaussian_back():
 
 def test_ddim_with_eta_one_and_all_steps_is_ddpm():
     noise = torch.randn(1001, 2, 1, 4, 4, dtype=torch.float64)
-    crooked = lambda x, t: (torch.tanh(x) + 0.1 * x.roll(1, 3), None)  # noqa: E731  any denoiser will do
+    crooked = lambda x, t: (torch.tanh(x) + 0.1 * x.roll(1, 3), None)  # any denoiser will do
     ddim, ddpm = (draw_images(crooked, lambda k: noise[k], timesteps(1000), **how)
                   for how in ({"sampler": "ddim", "eta": 1.}, {"sampler": "ddpm"}))
     assert torch.allclose(ddim, ddpm, atol=1e-8)
@@ -78,7 +80,7 @@ def test_the_learned_variance_lies_between_the_posteriors_and_beta():
     abar, previous = 0.5, 0.8
     beta, x = 1 - abar / previous, torch.zeros(1, 1, 1, 1)
     posterior = beta * (1 - previous) / (1 - abar)
-    step = lambda v: sample.ddpm_step(x, x, abar, previous, torch.ones_like(x), v).item() ** 2  # noqa: E731
+    step = lambda v: sample.ddpm_step(x, x, abar, previous, torch.ones_like(x), v).item() ** 2
     assert step(None) == pytest.approx(posterior) == step(torch.full_like(x, -1.))
     assert step(torch.ones_like(x)) == pytest.approx(beta)
     assert step(torch.zeros_like(x)) == pytest.approx(math.sqrt(beta * posterior))
@@ -95,7 +97,8 @@ def test_one_step_starts_at_t_999():
 
 
 def test_the_uniform_grid_is_dits():
-    assert timesteps(50)[::-1][:8] == [0, 20, 41, 61, 82, 102, 122, 143] and timesteps(50)[:3] == [999, 979, 958]
+    assert timesteps(50)[::-1][:8] == [0, 20, 41, 61, 82, 102, 122, 143]
+    assert timesteps(50)[:3] == [999, 979, 958]
     assert timesteps(10)[::-1] == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
     assert timesteps(5)[::-1] == [0, 250, 500, 749, 999]
     assert timesteps(10, "trailing") == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
@@ -115,10 +118,10 @@ def test_guidance_one_is_the_conditional_model():
     model, x, rows = network(), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
     t = torch.full((4,), 300.)
     conditional, unconditional = model(x, t, rows), model(x, t, torch.full((4,), 3))
-    guide = lambda w: sample.guided(model, rows, 3, w)(x, 300)[0]  # noqa: E731
+    guide = lambda w: sample.guided(model, rows, 3, w)(x, 300)[0]
     assert torch.equal(guide(1), conditional)
     assert torch.allclose(guide(0), unconditional, atol=1e-6)
-    assert torch.allclose(guide(1 + 1e-9), conditional, atol=1e-5)  # the doubled batch agrees with the single one
+    assert torch.allclose(guide(1 + 1e-9), conditional, atol=1e-5)  # the doubled batch agrees with the single
     assert torch.allclose(guide(4), 4 * conditional - 3 * unconditional, atol=1e-5)
 
 
@@ -128,7 +131,8 @@ def test_an_image_has_its_own_noise_in_any_batch():
     for k in range(3):
         many, one = together(k), alone(k)
         assert torch.equal(many[2], one[0]) and not torch.equal(many[0], many[1])
-    assert not torch.equal(image_noise(1, names, (1, 4, 4), "cpu")(0), image_noise(0, names, (1, 4, 4), "cpu")(0))
+    one, two = (image_noise(seed, names, (1, 4, 4), "cpu")(0) for seed in (1, 0))
+    assert not torch.equal(one, two)
 
 
 def test_blocks_are_rounds_cut_at_the_batch():
@@ -142,7 +146,8 @@ def tuned():
 
 
 def files(out="out/digits"):
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in pathlib.Path(out).glob("distilled/*/*.png")}
+    return {path.relative_to(out).as_posix(): path.read_bytes()
+            for path in pathlib.Path(out).glob("distilled/*/*.png")}
 
 
 def test_a_set_is_an_image_folder_with_its_labels(tuned, capsys):
@@ -151,7 +156,8 @@ def test_a_set_is_an_image_folder_with_its_labels(tuned, capsys):
     assert folder.classes == [str(c) for c in range(10)] and len(folder) == 20
     record = json.loads(open("out/digits/distilled.json").read())
     assert record["classes"] == folder.classes and record["ipc"] == 2 and record["settings"]["steps"] == 3
-    assert "20 images | 2 a class" in capsys.readouterr().out and pathlib.Path("out/digits/distilled.png").exists()
+    assert "20 images | 2 a class" in capsys.readouterr().out
+    assert pathlib.Path("out/digits/distilled.png").exists()
 
 
 def test_smaller_sets_are_nested_in_larger_ones(tuned, capsys):
@@ -182,12 +188,10 @@ def test_a_stopped_set_goes_on_to_the_same_bytes(tuned):
     assert files() == whole
 
 
-def test_a_killed_set_goes_on_to_the_same_bytes(process):
-    process("diffusion", ["--steps", 2])
-    process("minimax", ["--steps", 2])
-    argv = ["--ipc", 20, "--steps", 20, "--batch", 20]
-    process("sample", [*argv, "--out", "whole"])
-    process("sample", [*argv, "--out", "cut"], pathlib.Path("cut/distilled/3/00004.png").exists)
+def test_a_killed_set_goes_on_to_the_same_bytes(tuned, kill_and_resume):
+    argv = ["--ipc", "20", "--steps", "20", "--batch", "20", "--checkpoint", "out/digits/minimax.safetensors"]
+    sample.main([*argv, "--out", "whole"])
+    kill_and_resume("sample", [*argv, "--out", "cut"], pathlib.Path("cut/distilled/3/00004.png").exists)
     assert files("cut") == files("whole") and len(files("whole")) == 200
 
 
@@ -218,12 +222,16 @@ def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
     kept = files()
     assert "steps 10 there, 5 here" in sentence(sample.main, "--steps", 5)
     assert files() == kept
-    for argv, words in ((["--steps", 0], "--steps must be between 1 and 1000"), (["--ipc", 0], "--ipc must be"),
-                        (["--ipc", 1, "--seconds", 3], "exclude each other"), (["--seconds", -1], "positive time"),
+    other_data = ["--data", pictures, "--checkpoint", "out/digits/minimax.safetensors"]
+    for argv, words in ((["--steps", 0], "--steps must be between 1 and 1000"),
+                        (["--ipc", 0], "--ipc must be"),
+                        (["--ipc", 1, "--seconds", 3], "exclude each other"),
+                        (["--seconds", -1], "positive time"),
                         (["--batch", 0], "--batch must be"), (["--eta", 2], "between 0 and 1"),
                         (["--guidance", "nan"], "--guidance must be"),
-                        (["--checkpoint", "no.safetensors"], "there is no no.safetensors: python minimax.py makes one"),
-                        (["--data", pictures, "--checkpoint", "out/digits/minimax.safetensors"], "of the data set digits")):
+                        (["--checkpoint", "no.safetensors"],
+                         "there is no no.safetensors: python minimax.py makes one"),
+                        (other_data, "of the data set digits")):
         assert words in sentence(sample.main, *argv)
     sample.main(["--ipc", "1", "--steps", "5", "--overwrite"])
     assert files() != kept

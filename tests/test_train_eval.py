@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import shutil
 
 import pytest
@@ -13,7 +12,7 @@ import data
 import minimax
 import sample
 import train_eval
-from data import ImageSet, load
+from data import load
 from train_eval import count_epochs, evaluate, train_judge
 
 plain = dataclasses.replace(data.RECIPES["digits"], augment="crop")
@@ -32,7 +31,8 @@ def test_the_judge_memorises_ten_images():
 
 def test_the_judge_is_at_chance_on_shuffled_labels():
     _, _, train, test = load("digits")
-    shuffled = train.pick(torch.arange(200))._replace(labels=train.labels[torch.randperm(200, generator=generator())])
+    labels = train.labels[torch.randperm(200, generator=generator())]
+    shuffled = train.pick(torch.arange(200))._replace(labels=labels)
     _, accuracies = train_judge(shuffled, test, plain, epochs=15, seed=0)
     assert accuracies[-1] < 30
 
@@ -55,9 +55,9 @@ def test_the_rate_falls_with_a_fresh_optimizer_after_half(monkeypatch):
 def test_colour_changes_brightness_saturation_and_contrast_in_their_ranges():
     x = torch.randn(4000, 3, 4, 4)
     out = train_eval.color(x, generator())
-    shift = (out - x).mean(dim=(1, 2, 3))                         # saturation and contrast keep an image's mean
+    shift = (out - x).mean(dim=(1, 2, 3))                         # saturation and contrast keep the mean
     assert -0.5 <= shift.min() < -0.45 and 0.45 < shift.max() <= 0.5 and abs(shift.mean()) < 0.02
-    grey = lambda z: z.mean(1, keepdim=True)  # noqa: E731
+    grey = lambda z: z.mean(1, keepdim=True)
     contrast = grey(out).std(dim=(2, 3)) / grey(x).std(dim=(2, 3))
     assert 0.5 <= contrast.min() < 0.52 and 1.48 < contrast.max() <= 1.5 + 1e-3
     saturation = (out - grey(out)).std(dim=(1, 2, 3)) / (x - grey(x)).std(dim=(1, 2, 3)) / contrast.flatten()
@@ -68,7 +68,7 @@ def test_crop_shifts_by_an_eighth_and_fills_with_zeros():
     x = torch.arange(1, 32 * 32 + 1.).view(1, 1, 32, 32).repeat(3000, 2, 1, 1)
     out, seen = train_eval.crop(x, generator()), set()
     for image in out:
-        y, z = (image[0] == 528).nonzero()[0].tolist()            # the pixel at row 16, column 15 has moved here
+        y, z = (image[0] == 528).nonzero()[0].tolist()            # the pixel of row 16, column 15 is here
         dy, dx = y - 16, z - 15
         seen.add((dy, dx))
         assert torch.equal(image, F.pad(x[0], (8, 8, 8, 8))[:, 8 - dy:40 - dy, 8 - dx:40 - dx])
@@ -79,7 +79,8 @@ def test_cutout_zeroes_one_clamped_box_of_half_the_size():
     out = train_eval.cutout(torch.ones(4000, 3, 32, 32), generator())
     heights = (out == 0).all(1).any(2).sum(1)
     assert heights.max() == 16 and heights.min() == 8             # the centre lies in 0..32
-    assert ((out == 0).all(1).flatten(1).sum(1) == heights * (out == 0).all(1).any(1).sum(1)).all()  # a full box
+    widths, zeroed = (out == 0).all(1).any(1).sum(1), (out == 0).all(1).flatten(1).sum(1)
+    assert (zeroed == heights * widths).all()                     # a full box
 
 
 def test_flip_mirrors_half():
@@ -93,7 +94,7 @@ def test_scale_and_rotate_have_their_ranges():
     axis = torch.linspace(-1, 1, 65)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     ramp = torch.stack([x, y]).repeat(2000, 1, 1, 1)              # pixel values are its coordinates
-    centre = lambda out: (out[:, :, 32, 36] - out[:, :, 32, 28], out[:, :, 36, 32] - out[:, :, 28, 32])  # noqa: E731
+    centre = lambda out: (out[:, :, 32, 36] - out[:, :, 32, 28], out[:, :, 36, 32] - out[:, :, 28, 32])
     along, across = centre(train_eval.scale(ramp, generator()))
     for factor in (along[:, 0] / 0.25, across[:, 1] / 0.25):
         assert 1 / 1.2 - 1e-3 <= factor.min() < 0.84 and 1.19 < factor.max() <= 1.2 + 1e-3
@@ -156,7 +157,7 @@ def test_labels_survive_the_trip_through_folders(tmp_path):
     """Real images written as a distilled folder train as well as the real images themselves."""
     whole = load("digits")
     counts = [0] * 10
-    for image, label in zip(whole.train.images[:300], whole.train.labels[:300].tolist()):
+    for image, label in zip(whole.train.images[:300], whole.train.labels[:300].tolist(), strict=True):
         data.write_png(tmp_path / "real" / str(label) / f"{counts[label]:05}.png", image)
         counts[label] += 1
     row = evaluate(str(tmp_path / "real"), whole, ipc=None, runs=1, seed=0, epochs=30)
@@ -171,10 +172,11 @@ def test_the_table_and_the_file(capsys):
     sample.main(["--ipc", "2"])
     train_eval.main(["distilled", "herding", "kmeans+random", "--runs", "2"])
     rows = [json.loads(line) for line in open("out/digits/results.jsonl")]
-    assert [row["train"] for row in rows] == ["out/digits/distilled", "herding", "kmeans+random", "random", "full"]
+    assert [row["train"] for row in rows] == [
+        "out/digits/distilled", "herding", "kmeans+random", "random", "full"]
     assert [row["images"] for row in rows] == [20, 20, 40, 20, 1257]
-    assert set(rows[0]) == {"data", "train", "ipc", "images", "judge", "epochs", "runs", "accuracy", "mean", "std",
-                            "best", "seconds", "device", "seed", "command"}
+    assert set(rows[0]) == {"data", "train", "ipc", "images", "judge", "epochs", "runs", "accuracy", "mean",
+                            "std", "best", "seconds", "device", "seed", "command"}
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
     said = capsys.readouterr().out
     assert all(f"{row['mean']:.2f}" in said for row in rows)
@@ -182,7 +184,8 @@ def test_the_table_and_the_file(capsys):
 
 def test_what_makes_no_sense_is_refused(sentence, tmp_path):
     assert "python sample.py --steps 10 makes it" in sentence(train_eval.main)
-    for argv, words in ((["random", "--ipc", 0], "--ipc must be"), (["random", "--runs", 0], "--runs must be"),
+    for argv, words in ((["random", "--ipc", 0], "--ipc must be"),
+                        (["random", "--runs", 0], "--runs must be"),
                         (["random", "--epochs", 0], "--epochs must be"), (["nowhere"], "there is no nowhere"),
                         (["random", "--ipc", 200], "fewer than --ipc 200")):
         assert words in sentence(train_eval.main, *argv)

@@ -1,0 +1,87 @@
+"""The README says what is true: its commands parse, its tables are the measured rows, its files exist."""
+import json
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+
+import convnet
+import data
+import diffusion
+import memory
+import minimax
+import sample
+import train_eval
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+README = (ROOT / "README.md").read_text()
+MAINS = {module.__name__: module
+         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval)}
+
+
+def commands():
+    """Every command of the README, its generated tables and the files' first screens: script and words."""
+    texts = [README, *(module.__doc__ for module in MAINS.values())]
+    lines = (ROOT / "results/digits.jsonl").read_text().splitlines()
+    texts += [row["command"] for row in map(json.loads, lines)]
+    for text in texts:
+        for line in re.findall(r"python ([\w/]+\.py[^\n`;|]*)", text):
+            script, *words = shlex.split(line.partition("#")[0].partition(", S =")[0])
+            yield script, [word.replace("S", "0") if word == "S" else word for word in words]
+
+
+@pytest.mark.parametrize("script, words", sorted({(s, tuple(w)) for s, w in commands()}))
+def test_every_command_parses(script, words, monkeypatch):
+    assert (ROOT / script).is_file()
+    if script.startswith("benchmarks/"):
+        assert set(words) <= {"--tables"}
+        return
+    monkeypatch.setattr(MAINS[script[:-3]], "one_sentence", stop)  # the driver stops once arguments are read
+    with pytest.raises(Parsed):
+        MAINS[script[:-3]].main(list(words))
+
+
+class Parsed(Exception):
+    pass
+
+
+def stop(parser):
+    raise Parsed
+
+
+def test_the_tables_are_what_was_measured():
+    import digits
+    for name, part in digits.tables(digits.read_rows()).items():
+        assert f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in README
+
+
+def test_every_row_was_run_five_times_by_the_judge_it_names():
+    for row in map(json.loads, (ROOT / "results/digits.jsonl").read_text().splitlines()):
+        assert row["runs"] == len(row["accuracy"]) == 5 and row["data"] == "digits"
+        assert row["judge"] == "ConvNetD3-W128" and not re.search(r"(?<![\w.])/\w", row["command"])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_a_file_imports_only_files_above_it():
+    order = ["data", "memory", "convnet", "diffusion", "train_eval", "minimax", "sample"]
+    for k, name in enumerate(order):
+        text = (ROOT / f"{name}.py").read_text()
+        assert set(re.findall(r"^from (\w+) import", text, re.M)) & set(order) <= set(order[:k])
+    assert ", ".join(order) in README
+
+
+def test_every_flag_is_explained(capsys):
+    for module in MAINS.values():
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--help"])
+        said = capsys.readouterr().out
+        assert stop.value.code == 0 and module.__doc__.splitlines()[0] in said
+        for flag in re.findall(r"^  (--[\w-]+)(.*)", said, re.M):
+            assert flag[1].strip() or re.search(rf"^  {flag[0]}.*\n {{20,}}\w", said, re.M), flag
