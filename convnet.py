@@ -4,7 +4,7 @@
 
 ConvNetD3-W128 (depth 3, width 128) is the network of the dataset condensation literature and of the first
 dataset distillation challenge (Gidaris & Komodakis 2018; Zhao et al. 2021). Parameter names are those of
-its published checkpoints.
+the challenge's evaluator.
 
     python convnet.py        # builds it at three sizes and counts: 504,420 parameters for CIFAR-100; 2 s
 """
@@ -20,8 +20,8 @@ from data import UserError, new_parser, one_sentence
 class ConvNet(nn.Module):
     """ConvNet-D`depth`-W`width`: (B, channels, size, size) float -> (B, classes) logits.
 
-    "Instance norm" is GroupNorm with one channel per group: it forgets each image's contrast, so a judge is
-    hard to please by brightness. Raises UserError where `size` does not survive `depth` poolings.
+    "Instance norm" is GroupNorm with one channel per group: each feature map loses its own mean and contrast,
+    so that brightness alone wins nothing. Raises UserError where `size` does not survive `depth` poolings.
     """
 
     def __init__(self, size, channels, classes, depth=3, width=128):

@@ -2,7 +2,7 @@
 
     images (N, C, H, W) uint8        labels (N,) int64 in 0..K-1        classes: K names
 
-Everything small enough to sit in memory sits there, undecoded work done once; a network sees
+Everything small enough to sit in memory sits there, decoded once; a network sees
 x = images / 127.5 - 1, in [-1, 1]. A class is a NAME wherever files are involved: its label is its position
 in `classes`, so a folder that lost a class is an error and never a shift of labels.
 
@@ -17,6 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -48,7 +49,8 @@ def one_sentence(parser):
     try:
         yield
     except KeyboardInterrupt:
-        parser.exit(2, f"\n{parser.prog}: stopped by Ctrl-C; the same command continues\n")
+        parser.exit(2, f"\n{parser.prog}: stopped by Ctrl-C; what was finished is kept, "
+                       "and the same command goes on\n")
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
@@ -56,7 +58,7 @@ def one_sentence(parser):
                                errno.EPERM):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        parser.exit(2, f"{parser.prog}: cannot write: {error.strerror}{where}; "
+        parser.exit(2, f"{parser.prog}: cannot read or write: {error.strerror}{where}; "
                        "what was there before is kept\n")
 
 
@@ -131,7 +133,7 @@ def open_image(path, size=None, channels=3):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
+            if image.mode.startswith("I"):
                 grey = (np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8)
                 image = Image.fromarray(grey)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -156,10 +158,9 @@ def read_set(path, size=None, channels=3, classes=None):
     path = pathlib.Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}")
-    if path.suffix == ".npz":
-        found = read_npz(path, size, channels)
-    else:
-        found = read_folder(path, size, channels)
+    if path.suffix != ".npz" and not path.is_dir():
+        raise UserError(f"{path} is neither a folder of class folders nor an .npz")
+    found = (read_npz if path.suffix == ".npz" else read_folder)(path, size, channels)
     if classes is not None and sorted(found.classes) != sorted(classes):
         lost, extra = sorted(set(classes) - set(found.classes)), sorted(set(found.classes) - set(classes))
         raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
@@ -195,16 +196,18 @@ def read_npz(path, size, channels):
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
             classes = [str(name) for name in arrays["classes"]]
-    except (KeyError, ValueError, OSError, EOFError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no .npz with images, labels and classes: {error}") from error
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
         raise UserError(f"{path}: images must be uint8 (N, C, H, W) with one label each, "
                         f"not {images.dtype} {tuple(images.shape)}")
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"{path}: labels must lie in 0..{len(classes) - 1}")
-    if images.shape[1] != channels:
-        images = images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images.float().mean(
-            dim=1, keepdim=True).round().to(torch.uint8)
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"{path}: images must have 1 or 3 channels, not {images.shape[1]}")
+    if images.shape[1] > channels:
+        images = TF.rgb_to_grayscale(images)
+    images = images.expand(-1, channels, -1, -1)
     if size and tuple(images.shape[2:]) != (size, size):
         images = TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
     return ImageSet(images, labels, classes)
@@ -255,13 +258,13 @@ RECIPES = {
         size=8, judge_size=16, channels=1, network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
         tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
         guidance=2., flip=False, augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,),
-        epochs=200, views=32_000),
+        epochs=200, views=40_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
         size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=128, lr=2e-3, ema=.995,
         tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
         guidance=2., flip=True, augment="color_crop_cutout_flip_scale_rotate",
-        mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=32_000),
+        mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=40_000),
 }
 
 
@@ -290,6 +293,8 @@ def data_name(data, root=None, validation=False):
         if root:
             raise UserError("--data DIR already says where the files are: leave --root out")
         name = pathlib.Path(data).resolve().name
+    if name in RECIPES and data not in RECIPES:
+        raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it")
     return name + "-validation" if validation else name
 
 
@@ -303,7 +308,7 @@ def load(data="digits", root=None, recipe=None, validation=False):
     """
     name = data_name(data, root, validation)
     recipe = RECIPES[recipe or (data if data in RECIPES else "folder")]
-    train, test = digits(recipe.size) if data == "digits" else folder(pathlib.Path(root or data), recipe)
+    train, test = digits(recipe) if data == "digits" else folder(pathlib.Path(root or data), recipe)
     if len(train.classes) < 2:
         raise UserError(f"{name} has one class only ({train.classes[0]}); a classifier needs two")
     if validation:
@@ -321,14 +326,16 @@ def split(whole, fraction):
     return whole.pick(torch.from_numpy(np.sort(kept))), whole.pick(torch.from_numpy(np.sort(held)))
 
 
-def digits(size):
+def digits(recipe):
     """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels; Alpaydin & Kaynak 1998, CC BY 4.0).
 
-    Enlarged to `size` pixels, split 70/30 once and for all: (1257 to train on, 540 to test), as ImageSets.
+    Brought to the recipe's size and channels, split 70/30 once and for all: two ImageSets,
+    1257 images to train on and 540 to test.
     """
     found = load_digits()
     images = torch.from_numpy(found.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
-    images = TF.resize(images, size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
+    images = TF.resize(images, recipe.size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round()
+    images = images.to(torch.uint8).expand(-1, recipe.channels, -1, -1).contiguous()
     names = [str(name) for name in found.target_names]
     return split(ImageSet(images, torch.from_numpy(found.target), names), .3)
 
@@ -357,11 +364,12 @@ FLAGS = {
     "root": dict(metavar="DIR", help="where the files are, with --data folder"),
     "recipe": dict(choices=sorted(RECIPES), help="borrow another data set's recipe"),
     "validation": dict(action="store_true",
-                       help="put the test split away and test on a fifth of the training split: for choosing"),
+                       help="put the test split away and test on a fifth of the training split: "
+                            "for choosing"),
     "out": dict(type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)"),
     "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
     "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
-    "overwrite": dict(action="store_true", help="replace results made with other settings"),
+    "overwrite": dict(action="store_true", help="replace what other settings made"),
 }
 
 
@@ -369,6 +377,20 @@ def add_flags(parser, names):
     """Adds the shared flags that a stage reads, by name, so that they mean the same everywhere."""
     for name in names.split():
         parser.add_argument(f"--{name}", **FLAGS[name])
+
+
+def same_data(args, *more):
+    """The flags that point the next command at the same data: "" for the digits, else " --data DIR" ...
+
+    more: further flags to repeat where they were given, such as "--out".
+    """
+    flags = [] if args.data == "digits" else ["--data", args.data]
+    flags += ["--root", args.root] if args.root else []
+    flags += ["--validation"] * args.validation
+    for flag in more:
+        value = getattr(args, flag.strip("-"))
+        flags += [flag, str(value)] if value is not None else []
+    return "".join(f" {shlex.quote(word)}" for word in flags)
 
 
 def new_parser(doc):
@@ -406,7 +428,7 @@ def main(argv=None):
                   f"{min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
-        print(f"-> python diffusion.py{'' if args.data == 'digits' else ' --data ' + args.data}")
+        print(f"-> python diffusion.py{same_data(args)}")
 
 
 if __name__ == "__main__":

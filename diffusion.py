@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (UserError, add_flags, check_settings, command, device_named, load, new_parser,
-                  one_sentence, replacing, to_float)
+                  one_sentence, replacing, same_data, to_float)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule and the forward process
@@ -570,7 +570,7 @@ def main(argv=None):
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
         train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
                    overwrite=args.overwrite, typed=command(__file__, argv))
-        print(f"saved {path} -> python minimax.py")
+        print(f"saved {path} -> python minimax.py{same_data(args)}")
 
 
 if __name__ == "__main__":

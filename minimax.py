@@ -16,7 +16,7 @@ import pathlib
 import torch
 import torch.nn.functional as F
 
-from data import (UserError, add_flags, command, device_named, load, new_parser, one_sentence)
+from data import UserError, add_flags, command, device_named, load, new_parser, one_sentence, same_data
 from diffusion import (DiT, Plan, Trainer, difffit_parameters, finished, fit, fit_tensors, load_tensors,
                        new_header, read_header, train_base)
 from memory import Memory, policies
@@ -187,7 +187,7 @@ def run(args, typed):
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
     fit(Trainer(model, data.train.to(device), rows, plan, losses), path,
         {**new_header(data, config, settings, typed), "rows": header["rows"], "base": origin}, args.overwrite)
-    print(f"saved {path} -> python sample.py --steps 10")
+    print(f"saved {path} -> python sample.py --steps 10{same_data(args)}")
 
 
 if __name__ == "__main__":

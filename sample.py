@@ -8,8 +8,9 @@
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Writes
 out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. An image
-depends on (checkpoint, sampler, steps, grid, guidance, seed, class, index) alone, so that a run which was
-stopped goes on to the same bytes, and --ipc 5 is the first half of --ipc 10.
+depends on (checkpoint, sampler, steps, grid, eta, guidance, seed, class, index) alone, to one grey level; on
+the same device and with the same --batch to the byte, so that a stopped run goes on to the same files.
+--ipc 5 is the first half of --ipc 10.
 Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Ho & Salimans 2022 (guidance).
 """
 import hashlib
@@ -25,20 +26,21 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import (UserError, add_flags, check_settings, command, data_name, device_named, new_parser,
-                  one_sentence, open_image, replacing, to_uint8, write_png)
+                  one_sentence, open_image, replacing, same_data, to_uint8, write_png)
 from diffusion import Schedule, load_model
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Grids: at which t the network is asked, S times of T = 1000
 
 
-def timesteps(steps, grid="uniform", T=Schedule.T):
+def timesteps(steps, grid="uniform"):
     """S distinct timesteps, falling; every grid starts at T - 1, where x_t is noise.
 
     uniform: T - 1 to 0 in equal steps (DiT's respacing). quadratic: equal in sqrt(t), denser near the image.
     trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
     Raises UserError where steps is outside 1..T. One step starts, and ends, at t = 999.
     """
+    T = Schedule.T
     if not 1 <= steps <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {steps}")
     if steps == 1:
@@ -61,8 +63,8 @@ def timesteps(steps, grid="uniform", T=Schedule.T):
 # abar_prev = 1 is the last step, where both return x0_hat and add no noise.
 
 
-def ddim_step(xt, x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
-    """Song et al. 2021, eq. 12. eta = 0 is deterministic, eta = 1 has DDPM's variance."""
+def ddim_step(x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
+    """Song et al. 2021, eq. 12, sigma from eq. 16. eta = 0 is deterministic, eta = 1 has DDPM's variance."""
     sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
     direction = math.sqrt(max(0.0, 1 - abar_prev - sigma**2)) * eps_hat
     return math.sqrt(abar_prev) * x0_hat + direction + sigma * noise
@@ -71,13 +73,13 @@ def ddim_step(xt, x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
 def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
     """Ho et al. 2020, eq. 6 and 7, with the betas of the grid: beta = 1 - abar / abar_prev.
 
-    Without `logits` the variance is the posterior's; with them (B, C, H, W) its logarithm lies between the
-    posterior's (-1) and beta's (+1) (Nichol & Dhariwal 2021, eq. 15).
+    Without `logits` the variance is the posterior's; with them (B, C, H, W) its logarithm is linear between
+    the posterior's (-1) and beta's (+1), not clamped, as in DiT (Nichol & Dhariwal 2021, eq. 15).
     """
     beta = 1 - abar / abar_prev
     mean = (beta * math.sqrt(abar_prev) * x0_hat + (1 - abar_prev) * math.sqrt(1 - beta) * xt) / (1 - abar)
     variance = beta * (1 - abar_prev) / (1 - abar)
-    if variance == 0:
+    if variance == 0:                                           # the last step
         return mean
     if logits is None:
         return mean + math.sqrt(variance) * noise
@@ -92,8 +94,9 @@ def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
 def guided(model, rows, null, guidance):
     """(x, t) -> (eps, variance logits or None), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
-    eps = eps_u + guidance (eps_c - eps_u) on all channels; both halves run as one batch. guidance = 1 is the
-    conditional model, and the unconditional half is not computed. rows: (B,) label-table rows.
+    eps = eps_u + guidance (eps_c - eps_u) on all channels; both halves run as one batch. guidance is 1 +
+    their w: 1 is the conditional model, and the unconditional half is not computed. rows: (B,) label-table
+    rows; null: the row that means "no class".
     """
     def predict(x, t):
         C = x.shape[1]
@@ -117,18 +120,17 @@ def draw_images(predict, noise, times, sampler="ddim", eta=0.0):
     predict: (x, t) -> (eps, variance logits or None). noise: k -> (B, C, H, W) standard normal, the start for
     k = 0 and the noise of step k after that; asked only for what the sampler uses.
     """
-    abar = Schedule().abar.tolist()
+    abar, noisy = Schedule().abar.tolist(), sampler == "ddpm" or eta > 0
     x = noise(0)
     for k, t in enumerate(times):
         now, previous = abar[t], abar[times[k + 1]] if k + 1 < len(times) else 1.0
         eps, logits = predict(x, t)
         x0_hat = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
-        random = sampler == "ddpm" or eta > 0
-        fresh = noise(k + 1) if random and previous < 1 else 0.0
+        fresh = noise(k + 1) if noisy and previous < 1 else 0.0
         if sampler == "ddpm":
             x = ddpm_step(x, x0_hat, now, previous, fresh, logits)
         else:
-            x = ddim_step(x, x0_hat, eps, now, previous, fresh, eta)
+            x = ddim_step(x0_hat, eps, now, previous, fresh, eta)
     return x
 
 
@@ -138,6 +140,7 @@ def image_noise(seed, names, shape, device):
     names: (class name, index) of each image. An image's noise is the same alone or in any batch.
     """
     digests = [hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest() for name, index in names]
+    # torch's CPU generator keeps 32 bits of a seed: among 100,000 images about one pair shares its noise
     generators = [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
 
     def noise(k):
@@ -149,7 +152,8 @@ def image_noise(seed, names, shape, device):
 # 4. The order of the work, and where images are kept
 #
 # Image number p is of class p mod K, index p div K: rounds of one image a class, so that any stop leaves a
-# balanced set. A block is `batch` numbers in a row, drawn as one batch and always as a whole.
+# balanced set. A block is `batch` numbers in a row (the last may be shorter), drawn as one batch; one that
+# was not finished is drawn again from its first image.
 
 
 def block(number, batch, classes, total=math.inf):
@@ -170,6 +174,12 @@ class PngFolder:
     def has(self, items):
         return all(self.file(*item).is_file() for item in items)
 
+    def resumable(self):
+        return self.path.exists()
+
+    def whole(self, ipc):
+        return self.has(block(0, ipc * len(self.classes), len(self.classes)))
+
     def write(self, items, images):
         for item, image in zip(items, images, strict=True):
             write_png(self.file(*item), image)
@@ -183,7 +193,8 @@ class PngFolder:
         return torch.stack([open_image(self.file(*item), channels=None) for item in items])
 
     def remove(self):
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
 
 
 class NpzFile:
@@ -196,10 +207,18 @@ class NpzFile:
         self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
 
     def part(self, items):
-        return self.parts / f"{items[0][1] * len(self.classes) + items[0][0]:09}-{len(items)}.npy"
+        label, index = items[0]
+        return self.parts / f"{index * len(self.classes) + label:09}.npy"
 
     def has(self, items):
-        return self.part(items).is_file()
+        part = self.part(items)
+        return part.is_file() and len(np.load(part, mmap_mode="r")) == len(items)
+
+    def resumable(self):
+        return self.parts.exists()
+
+    def whole(self, ipc):
+        return self.path.is_file()
 
     def write(self, items, images):
         with replacing(self.part(items)) as temporary, open(temporary, "wb") as file:
@@ -218,7 +237,8 @@ class NpzFile:
             return torch.from_numpy(arrays["images"][positions])
 
     def remove(self):
-        shutil.rmtree(self.parts, ignore_errors=True)
+        if self.parts.exists():
+            shutil.rmtree(self.parts)
         self.path.unlink(missing_ok=True)
 
 
@@ -231,27 +251,29 @@ def distil(draw, store, record, total, budget, batch, save):
 
     draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from
     the first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
-    Returns the (label, index) of the images of all complete rounds.
+    Returns the (label, index) of the images of all complete rounds; no others are kept.
     """
     K, done, number, longest = len(record["classes"]), 0, 0, 0.0
-    while (items := block(number, batch, K, total)) and store.has(items):
-        done, number = done + len(items), number + 1
     began = time.monotonic() - record["seconds"]
-    with tqdm(total=None if math.isinf(total) else total, initial=done, disable=None, leave=False) as bar:
+    with tqdm(total=None if math.isinf(total) else total, disable=None, leave=False, unit="image") as bar:
         while items := block(number, batch, K, total):
-            started = time.monotonic()
-            if started - began + longest > budget and done > 0:
-                break
-            store.write(items, draw(items))
+            if not store.has(items):
+                started = time.monotonic()
+                if started - began + longest > budget and done > 0:
+                    break
+                store.write(items, draw(items))
+                record["seconds"] = time.monotonic() - began
+                longest = max(longest, time.monotonic() - started)
+                save(record)
             done, number = done + len(items), number + 1
-            record["seconds"] = time.monotonic() - began
-            longest = max(longest, time.monotonic() - started)
-            save(record)
             bar.update(len(items))
-    if done < K:
-        raise UserError(f"{record['seconds']:.1f} seconds gave {done} images, and one of each of the {K} "
-                        "classes is the least: raise --seconds")
-    return block(0, done // K * K, K)
+    if done < K or number == 1 and record["seconds"] > budget:
+        raise UserError(f"{done} images took {record['seconds']:.2g} seconds, and one of each of the {K} "
+                        "classes within the budget is the least: raise --seconds, or try a smaller --batch")
+    kept = block(0, done // K * K, K)
+    store.finish(kept)
+    record["seconds"] = time.monotonic() - began
+    return kept
 
 
 def contact_sheet(images, columns, path):
@@ -267,9 +289,9 @@ def contact_sheet(images, columns, path):
 
 def checked(args):
     """Refuses numbers that make no sense. Returns (images per class or inf, seconds or inf)."""
-    budget = args.seconds if args.seconds is not None else None if args.minutes is None else 60 * args.minutes
     if sum(value is not None for value in (args.ipc, args.seconds, args.minutes)) > 1:
         raise UserError("--ipc, --seconds and --minutes exclude each other")
+    budget = args.seconds if args.minutes is None else 60 * args.minutes
     if args.ipc is not None and args.ipc < 1:
         raise UserError(f"--ipc must be at least 1, not {args.ipc}")
     if budget is not None and not 0 < budget < math.inf:
@@ -278,6 +300,8 @@ def checked(args):
         raise UserError(f"--batch must be at least 1, not {args.batch}")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
+    if args.eta > 0 and args.sampler == "ddpm":
+        raise UserError("--eta belongs to DDIM: DDPM has noise of its own")
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise UserError(f"--guidance must be a number, not {args.guidance}")
     if budget is None:
@@ -291,14 +315,14 @@ def main(argv=None):
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from (default: out/NAME/minimax.safetensors)")
     parser.add_argument("--steps", type=int, default=10,
-                        help="network calls per image (default: %(default)s)")
+                        help="each is a network call, two with guidance (default: %(default)s)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
     parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing"), default="quadratic",
                         help="where in t the steps lie (default: %(default)s)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
-                                                       "(default: the recipe's)")
+                                                       "(default: the checkpoint's)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
     parser.add_argument("--seconds", type=float,
                         help="instead: as many complete rounds as fit into this time")
@@ -312,21 +336,28 @@ def main(argv=None):
         run(args, command(__file__, argv))
 
 
-def open_record(args, settings, fresh, store, path):
-    """The record to go on with: `path`'s if its settings are the same, else `fresh`; refuses others'."""
+def open_record(path, fresh, stores, overwrite):
+    """The record in distilled.json to go on with, or `fresh` where there is none or it may be overwritten.
+
+    Refuses what other settings made, and images that no record explains.
+    """
     if not path.is_file():
-        if store.path.exists() and not args.overwrite:
-            raise UserError(f"{store.path} is there, but no {path.name} says what it is: "
-                            "choose --out ELSEWHERE, or --overwrite to replace it")
-        store.remove()
+        for store in stores:
+            if store.path.exists():
+                raise UserError(f"{store.path} is there, but no {path.name} says what it is: "
+                                "choose --out ELSEWHERE, or remove it")
         return fresh
-    found = json.loads(path.read_text())
-    if found["settings"] == settings:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): choose --out ELSEWHERE, or remove it") from error
+    if found["settings"] == fresh["settings"]:
         return found
-    if not args.overwrite:
-        check_settings(found["settings"], settings, path)
+    if not overwrite:
+        check_settings(found["settings"], fresh["settings"], path)
     path.unlink()
-    store.remove()
+    for store in stores:
+        store.remove()
     return fresh
 
 
@@ -338,26 +369,26 @@ def run(args, typed):
     home = pathlib.Path("out", name)
     checkpoint, out = args.checkpoint or home / "minimax.safetensors", args.out or home
     if not checkpoint.is_file():
-        makes = "python minimax.py" + ("" if args.data == "digits" else f" --data {args.data}")
-        raise UserError(f"there is no {checkpoint}: {makes} makes one")
+        raise UserError(f"there is no {checkpoint}: python minimax.py{same_data(args)} makes one")
     model, header = load_model(checkpoint, device)
     if header["data"] != name:
         raise UserError(f"{checkpoint} is of the data set {header['data']}, not {name}: "
-                        "say which with --data")
+                        "say which with --data, --root or --validation")
     guidance = header["guidance"] if args.guidance is None else args.guidance
     classes, size = header["classes"], header["config"]["size"]
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
                 "eta": args.eta, "guidance": guidance, "seed": args.seed, "batch": args.batch,
                 "npz": args.npz}
-    store, record_path = (NpzFile if args.npz else PngFolder)(out, classes), out / "distilled.json"
+    folder, file, record_path = PngFolder(out, classes), NpzFile(out, classes), out / "distilled.json"
+    store = file if args.npz else folder
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
              "command": typed}
-    record = open_record(args, settings, fresh, store, record_path)
+    record = open_record(record_path, fresh, (folder, file), args.overwrite)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{checkpoint} | {name} | device {device} | {parameters / 1e6:.2f}M parameters | "
           f"{args.sampler}, {args.steps} steps, {args.grid} grid | guidance {guidance:g} | "
           f"seed {args.seed}")
-    if record["ipc"] >= ipc or record["budget"] >= budget:
+    if (record["ipc"] >= ipc or record["budget"] >= budget) and store.whole(record["ipc"]):
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
         return
 
@@ -375,11 +406,12 @@ def run(args, typed):
         with replacing(record_path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
+    if record["ipc"] and not store.resumable():                 # its blocks were joined: all is drawn anew
+        record["seconds"] = 0.0
+    record.update(command=typed, ipc=0, budget=0.0)             # unfinished, until the end
     save(record)
     items = distil(draw, store, record, ipc * len(classes), budget, args.batch, save)
-    store.finish(items)
-    record["ipc"] = len(items) // len(classes)
-    record["budget"] = max(record["budget"], 0.0 if math.isinf(budget) else budget)
+    record.update(ipc=len(items) // len(classes), budget=0.0 if math.isinf(budget) else budget)
     save(record)
     calls = args.steps * (1 if guidance == 1 else 2)
     print(f"{len(items)} images | {record['ipc']} a class | {record['seconds']:.1f} s | "
@@ -387,7 +419,8 @@ def run(args, typed):
     columns = min(10, record["ipc"])
     shown = [(label, index) for label in range(min(20, len(classes))) for index in range(columns)]
     contact_sheet(store.images(shown), columns, out / "distilled.png")
-    print(f"saved {store.path} and {out / 'distilled.png'} -> python train_eval.py")
+    print(f"saved {store.path} and {out / 'distilled.png'} -> "
+          f"python train_eval.py{same_data(args, '--out')}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 The judge (ConvNetD3-W128) sees the training set alone: SGD 0.01, momentum 0.9, weight decay 5e-4, a tenth of
 the rate and a fresh optimizer after half of the epochs, one random family of augmentations per batch. The
-number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation over n
-runs (a new judge each, and a new draw for "random"); the best epoch stands beside it since others report it.
+number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation over
+n runs (a new judge each, and a new draw for "random" and "kmeans"). The best of ten epochs, evenly spread,
+stands beside it because others report a best one.
 Prints a table; appends each row to out/digits/results.jsonl.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024).
 """
@@ -14,6 +15,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import pathlib
 import statistics
 import time
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from convnet import ConvNet
 from data import (ImageSet, UserError, add_flags, command, device_named, load, new_parser, one_sentence,
-                  read_set)
+                  read_set, same_data)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Differentiable siamese augmentation (DSA), as the challenge uses it: whole batches, new numbers per image
@@ -35,7 +37,7 @@ from data import (ImageSet, UserError, add_flags, command, device_named, load, n
 
 
 def color(x, g):
-    """Brightness, then saturation, then contrast (DSA's strengths 1, 2 and 0.5)."""
+    """Brightness, then saturation (nothing on one channel), then contrast: DSA's strengths 1, 2 and 0.5."""
     u = torch.rand(3, len(x), 1, 1, 1, generator=g, device=x.device)        # (3, B, 1, 1, 1)
     x = x + (u[0] - 0.5)
     grey = x.mean(dim=1, keepdim=True)                                      # (B, 1, H, W)
@@ -60,7 +62,8 @@ def crop(x, g):
 def cutout(x, g):
     """Zeroes a box half the size wide whose centre is anywhere in the image, so part may lie outside."""
     B, _, H, W = x.shape
-    half, even = int(H * 0.5 + 0.5) // 2, 1 - int(H * 0.5 + 0.5) % 2
+    side = int(H * 0.5 + 0.5)
+    half, even = side // 2, 1 - side % 2
     cy, cx = torch.randint(0, H + even, (2, B, 1), generator=g, device=x.device)
     rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     in_rows = (rows >= cy - half) & (rows < cy + half + 1 - even)           # (B, H)
@@ -139,7 +142,7 @@ def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10,
     looks = {round((i + 1) * epochs / curve) - 1 for i in range(curve)} | {epochs - 1}
     accuracies = []
     for epoch in range(epochs):
-        if epoch == 0 or epoch == epochs // 2 + 2:
+        if epoch in (0, epochs // 2 + 2):                       # the challenge: after epoch index E // 2 + 1
             rate = lr if epoch == 0 else lr * 0.1
             optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
         order = torch.randperm(len(x), generator=g, device=device)
@@ -258,9 +261,10 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     data: Data, on the device. features: selector's name -> (N, F), what herding and k-center measure in.
     """
     began, last, best = time.monotonic(), [], []
+    features = features or judge_features(data, seed, bf16)
     for run in range(runs):
         g = torch.Generator().manual_seed(seed + run)           # random draws anew each run
-        train = training_set(source, data, ipc, features or pixels(data), g)
+        train = training_set(source, data, ipc, features, g)
         count = epochs or count_epochs(data.recipe, len(train.labels))
         _, curve = train_judge(train, data.test, data.recipe, count, seed + run, bf16=bf16)
         last.append(round(curve[-1], 4))
@@ -273,13 +277,11 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
             "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
 
 
-def pixels(data):
-    """Features for the selectors that look at none: any (N, F) will do."""
-    return lambda name: data.train.images.flatten(1)
-
-
 def judge_features(data, seed, bf16):
-    """The same, from a judge trained once, when herding or k-center first ask, on the full real set."""
+    """Selector's name -> (N, F): for herding and k-center those of a judge trained on the full real set.
+
+    It is trained when they first ask; the other selectors look at none, and get the pixels.
+    """
     @functools.lru_cache(maxsize=1)
     def trained():
         epochs = count_epochs(data.recipe, len(data.train.labels))
@@ -313,18 +315,51 @@ def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
                         help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum "
-                             "a+b; random and full are always there (default: distilled random kmeans full)")
+                             "a+b; random, kmeans and full are always there (default: distilled)")
     add_flags(parser, "data root recipe validation out seed device")
     parser.add_argument("--ipc", type=int,
                         help="images per class (default: as many as the first folder holds, or 10)")
     parser.add_argument("--runs", type=int, default=5, help="judges per row (default: %(default)s)")
     parser.add_argument("--epochs", type=int,
-                        help="of every judge (default: by the recipe and the set's size)")
+                        help="of each row's judges (default: by the recipe and the set's size)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                         help="bfloat16 arithmetic (default: where it is faster)")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         run(args, command(__file__, argv))
+
+
+def plan_rows(args, data, home):
+    """(sources, images per class): "distilled" replaced by its place, the real rows added.
+
+    Refuses before anything is trained: a set that is not there, or more real images a class than there are.
+    """
+    made = next((home / kind for kind in ("distilled", "distilled.npz") if (home / kind).exists()), None)
+    asked = args.sources or ["distilled"]
+    sources, ipc = [], args.ipc
+    for source in asked:
+        parts = source.split("+")
+        if "distilled" in parts and made is None:
+            raise UserError(f"there is no {home / 'distilled'}: "
+                            f"python sample.py --steps 10{same_data(args)} makes it")
+        for k, part in enumerate(parts):
+            if part not in SELECTORS and part != "full":
+                parts[k] = part = os.path.relpath(made if part == "distilled" else part)
+                found = read_set(part, data.recipe.size, data.recipe.channels, data.train.classes)
+                held = int(found.labels.bincount().min())
+                ipc = ipc or held
+                if held < ipc:
+                    raise UserError(f"{part} has a class of {held} images, fewer than --ipc {ipc}")
+        sources.append("+".join(parts))
+    sources += [name for name in ("random", "kmeans", "full") if name not in sources]
+    ipc = ipc or 10
+    fewest = int(data.train.labels.bincount().min())
+    if ipc > fewest:
+        if any(part in SELECTORS for source in args.sources for part in source.split("+")):
+            raise UserError(f"a class has only {fewest} real images, fewer than --ipc {ipc}")
+        print(f"a class has only {fewest} real images: no row of {ipc} real ones a class")
+        sources = [source for source in sources if source not in SELECTORS]
+    return sources, ipc
 
 
 def run(args, typed):
@@ -335,24 +370,9 @@ def run(args, typed):
     data, device = load(args.data, args.root, args.recipe, args.validation), device_named(args.device)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     bf16 = gains_from_bf16(device) if args.bf16 is None else args.bf16
-    home = pathlib.Path("out", data.name)
-    sources = list(args.sources or ("distilled", "random", "kmeans", "full"))
-    sources += [name for name in ("random", "full") if name not in sources]
-    folders = {name: name for source in sources for name in source.split("+")
-               if name not in (*SELECTORS, "full")}
-    if "distilled" in folders:
-        folders["distilled"] = str(next((home / kind for kind in ("distilled", "distilled.npz")
-                                         if (home / kind).exists()), home / "distilled"))
-        if not pathlib.Path(folders["distilled"]).exists():
-            raise UserError(f"there is no {folders['distilled']}: python sample.py --steps 10 makes it")
-    sources = ["+".join(folders.get(name, name) for name in source.split("+")) for source in sources]
-    ipc = args.ipc
-    if ipc is None:
-        held = [read_set(path, data.recipe.size, data.recipe.channels, data.train.classes)
-                for path in list(folders.values())[:1]]
-        ipc = int(held[0].labels.bincount().min()) if held else 10
-    results = (args.out or home) / "results.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
+    home = args.out or pathlib.Path("out", data.name)
+    sources, ipc = plan_rows(args, data, home)
+    home.mkdir(parents=True, exist_ok=True)
     print(f"{data.name} | judge ConvNetD3-W128 at {data.recipe.judge_size} px | device {device}"
           f"{' bf16' if bf16 else ''} | {args.runs} runs | seed {args.seed} | "
           f"tested on {len(data.test.labels)} real images")
@@ -361,11 +381,11 @@ def run(args, typed):
     for source in tqdm(sources, disable=None, leave=False):
         row = evaluate(source, data, ipc=ipc, runs=args.runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
                        features=features)
-        with open(results, "a") as file:
+        with open(home / "results.jsonl", "a") as file:
             file.write(json.dumps({**row, "command": typed}) + "\n")
         tqdm.write(table_line(row))
-    print(f"accuracy: last epoch, mean +- sample standard deviation (runs); best: mean of the best epochs | "
-          f"added to {results}")
+    print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of ten epochs | "
+          f"added to {home / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Measures every row of the README's tables in one run, then writes the tables and the plot from them.
+"""Measures the rows of the README's tables, and writes the tables and the plot from what it measured.
 
-    python benchmarks/digits.py            # BENCH_COST; interrupted, it goes on with the row it was at
-    python benchmarks/digits.py --tables   # no measuring: only rewrites the README from results/digits.jsonl
+    python benchmarks/digits.py            # BENCH_COST; measures only rows that are missing
+    python benchmarks/digits.py --tables   # measures nothing: rewrites the README from results/digits.jsonl
 
-Accuracies are the judge's last epoch on the 540 real test digits. A row of generated images at a fixed count
-draws five sets (seeds 0 to 4) and trains a judge on each, as "random" does: at ten images a class the draw
-matters more than the judge. A row under a budget of seconds is one large set and five judges.
+Rows are kept in results/digits.jsonl; delete it and out/ to measure all anew. Accuracies are the judge's last
+epoch on the 540 real test digits. A row of generated images at a fixed count draws five sets (seeds 0 to 4)
+and trains a judge on each, as "random" does. A row under a budget of seconds is one large set and five
+judges. Everything runs on the CPU, so that seconds mean the same in every row.
 """
 import json
 import pathlib
+import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -21,12 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import minimax
 import sample
-from data import device_named, load, new_parser, one_sentence, replacing
-from train_eval import evaluate, gains_from_bf16, judge_features
+from data import UserError, device_named, load, new_parser, one_sentence, replacing
+from train_eval import evaluate, gains_from_bf16
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
 RESULTS = ROOT / "results" / "digits.jsonl"
 RUNS, BUDGET = 5, 10
 STEPS = (5, 10, 15, 20, 25, 30, 50)
@@ -41,51 +45,53 @@ ABLATION = {                   # row -> the flags of minimax.py; None is the bas
 }
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Rows
+# 1. Rows: each is made by commands that a reader can type, and carries them
+
+
+def type_in(command):
+    """Runs "python X.py ..." in this process, on the CPU."""
+    _, script, *words = shlex.split(command)
+    MAINS[script](words + ["--device", "cpu"])
 
 
 def real_row(source, ipc, data, bf16):
-    """A row of real images; its command trains the same judges."""
-    device = data.test.images.device
-    row = evaluate(source, data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16,
-                   features=judge_features(data, 0, bf16))
-    return {**row, "device": str(device) + (" bf16" if bf16 else ""),
-            "command": f"python train_eval.py {source}" + (f" --ipc {ipc}" if source != "full" else "")}
+    command = f"python train_eval.py {source}" + (f" --ipc {ipc}" if ipc else "")
+    return {**evaluate(source, data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16), "command": command}
 
 
 def generated_row(flags, ipc, data, bf16):
-    """A row of drawn images: a set for each seed, a judge for each set. flags: minimax.py's (None: base)."""
-    out = pathlib.Path("out/bench") / ("base" if flags is None else "tuned" + flags.replace(" ", ""))
-    if flags is None:
-        checkpoint, made = "out/digits/base.safetensors", ""
-    else:
-        minimax.main([*flags.split(), "--out", str(out)])
-        checkpoint, made = f"{out}/minimax.safetensors", f"python minimax.py {flags}".strip() + "; "
+    """A set for each seed, a judge for each set. flags: minimax.py's, or None for the base model."""
+    out = "out/bench/" + ("base" if flags is None else "tuned" + flags.replace(" ", ""))
+    checkpoint = "out/digits/base.safetensors" if flags is None else f"{out}/minimax.safetensors"
+    tune = "" if flags is None else " ".join(f"python minimax.py {flags} --out {out}".split())
+    draw = f"python sample.py --checkpoint {checkpoint} --ipc {ipc} --seed S --out {out}/ipc{ipc}-S"
+    judge = f"python train_eval.py {out}/ipc{ipc}-S/distilled --runs 1 --seed S"
+    if tune:
+        type_in(tune)
     rows, drawn = [], 0.0
     for seed in range(RUNS):
-        place = out / f"ipc{ipc}-seed{seed}"
-        sample.main(["--checkpoint", checkpoint, "--ipc", str(ipc), "--seed", str(seed), "--out", str(place)])
-        drawn += json.loads((place / "distilled.json").read_text())["seconds"]
-        rows.append(evaluate(str(place / "distilled"), data, ipc=ipc, runs=1, seed=seed, bf16=bf16))
+        place = f"{out}/ipc{ipc}-{seed}"
+        type_in(draw.replace("S", str(seed)))
+        drawn += json.loads(pathlib.Path(place, "distilled.json").read_text())["seconds"]
+        rows.append(evaluate(f"{place}/distilled", data, ipc=ipc, runs=1, seed=seed, bf16=bf16))
     accuracy = [row["mean"] for row in rows]
-    sampled = "python sample.py" + (" --checkpoint out/digits/base.safetensors" if flags is None else "")
     return {**rows[0], "train": "distilled", "runs": RUNS, "accuracy": accuracy,
             "mean": round(statistics.mean(accuracy), 4), "std": round(statistics.stdev(accuracy), 4),
             "best": round(statistics.mean(row["best"] for row in rows), 4), "drawn": round(drawn / RUNS, 2),
             "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "command": f"{made}{sampled} --ipc {ipc} --seed S; "
-                       "python train_eval.py --runs 1 --seed S, S = 0...4"}
+            "command": "; ".join(filter(None, [tune, draw, judge]))}
 
 
 def budget_row(steps, data, bf16):
-    """A row of as many images as BUDGET seconds allow at so many steps."""
-    place = pathlib.Path("out/bench") / f"steps{steps}"
-    flags = f"--steps {steps} --seconds {BUDGET}"
-    sample.main(["--checkpoint", "out/bench/tuned/minimax.safetensors", *flags.split(), "--out", str(place)])
-    row = evaluate(str(place / "distilled"), data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
-    return {**row, "train": "distilled", "steps": steps,
-            "drawn": round(json.loads((place / "distilled.json").read_text())["seconds"], 2),
-            "command": f"python sample.py {flags}; python train_eval.py"}
+    """As many images as BUDGET seconds allow. Without guidance: a large set wants diversity."""
+    out = f"out/bench/steps{steps}"
+    draw = (f"python sample.py --steps {steps} --seconds {BUDGET} --guidance 1 --out {out} "
+            "--checkpoint out/bench/tuned/minimax.safetensors")
+    type_in(draw)
+    row = evaluate(f"{out}/distilled", data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
+    drawn = json.loads(pathlib.Path(out, "distilled.json").read_text())["seconds"]
+    return {**row, "train": "distilled", "steps": steps, "drawn": round(drawn, 2),
+            "command": f"{draw}; python train_eval.py {out}/distilled"}
 
 
 def measure(data, bf16):
@@ -100,18 +106,21 @@ def measure(data, bf16):
     for steps in STEPS:
         jobs["steps", str(steps), None] = lambda steps=steps: budget_row(steps, data, bf16)
     found = {(row["table"], row["row"], row["asked"]) for row in read_rows()}
-    for (table, name, ipc), job in jobs.items():
-        if (table, name, ipc) in found:
-            continue
-        row = {"table": table, "row": name, "asked": ipc, **job(), "machine": machine()}
+    if len(found) == len(jobs):
+        print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
+        return
+    type_in("python minimax.py")
+    for table, name, ipc in [job for job in jobs if job not in found]:
+        row = {"table": table, "row": name, "asked": ipc, **jobs[table, name, ipc](), "machine": machine()}
         with open(RESULTS, "a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{table} | {name} | {row['ipc']} a class | {row['mean']:.2f} +- {row['std']:.2f}", flush=True)
+    shutil.copy("out/bench/tuned/ipc10-0/distilled.png", ROOT / "assets" / "distilled.png")
 
 
 def machine():
-    return (f"{torch.get_num_threads()} CPU cores, torch {torch.__version__.split('+')[0]}, "
-            f"{time.strftime('%Y-%m-%d')}")
+    cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
+    return f"{cores} CPU cores, torch {version}, {time.strftime('%Y-%m-%d')}"
 
 
 def read_rows():
@@ -131,6 +140,7 @@ def tables(rows):
     def table(head, lines):
         return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
     of = {name: [row for row in rows if row["table"] == name] for name in ("main", "ablation", "steps")}
+    tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"
     drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
     return {
         "main": table("| trained on | images a class | accuracy, % (n) | seconds to draw | machine "
@@ -138,10 +148,9 @@ def tables(rows):
             f"| {row['row']} | {row['ipc']} | {spread(row)} | {drawn(row)} | "
             f"{row['machine'].split(',')[0]} | `{row['command']}` |" for row in of["main"]]),
         "ablation": table("| model | accuracy at 10 a class, % (n) | command |", [
-            f"| {row['row']} | {spread(row)} | `{row['command'].split(';')[0]}` |"
-            for row in of["ablation"]]),
+            f"| {row['row']} | {spread(row)} | {tuned(row)} |" for row in of["ablation"]]),
         "steps": table("| steps | images a class | accuracy, % (n) | command |", [
-            f"| {row['steps']} | {row['ipc']} | {spread(row)} | `{row['command'].split(';')[0]}` |"
+            f"| {row['steps']} | {row['ipc']} | {spread(row)} | `{row['command'].split('; ')[0]}` |"
             for row in of["steps"]]),
         "machine": f"{rows[0]['machine'].replace(', ', '; ')}",
     }
@@ -185,6 +194,8 @@ def main(argv=None):
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
             measure(data, gains_from_bf16(device))
         rows = read_rows()
+        if not rows:
+            raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         plot(rows, ROOT / "assets" / "steps.png")
         write_readme(tables(rows))
 

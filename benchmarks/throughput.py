@@ -1,9 +1,10 @@
 """How fast the parts are, as shares of what this machine's matrix product reaches in the same run.
 
-    python benchmarks/throughput.py        # THROUGHPUT_COST
+    python benchmarks/throughput.py        # 25 s on two CPU cores
 
 Operations are counted by torch's own flop counter. Prints five lines: the matrix product; the tiny DiT's
-training step; the min-max losses' share of it; a sampling step; augmentation's share of a judge's step.
+training step; the min-max losses' share of a step of fine-tuning (of all weights); a sampling step;
+augmentation's share of a judge's step.
 """
 import pathlib
 import statistics
@@ -27,8 +28,8 @@ from train_eval import dsa, normalise
 def seconds(work, device, rounds=7, least=0.3):
     """The median time of a call of `work`, over rounds of at least `least` seconds each, after a warm-up."""
     def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
     work()
     times, calls = [], 1
     while len(times) < rounds:
@@ -67,21 +68,22 @@ def measure(device):
     _, recipe, train, _ = load()
     train, rows = train.to(device), torch.arange(11, device=device)
     a, b = torch.randn(2, 2048, 2048, device=device)
-    peak = 2 * 2048**3 / seconds(lambda: a @ b, device)
-    print(f"matrix product, 2048 wide, fp32 | {peak / 1e9:.0f} GFLOP/s | "
+    product = 2 * 2048**3 / seconds(lambda: a @ b, device)
+    print(f"matrix product, 2048 wide, fp32 | {product / 1e9:.0f} GFLOP/s | "
           f"device {device}, {torch.get_num_threads()} threads")
 
     model = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device)
-    plan = Plan(10**6, recipe.batch, 1e-4, False, recipe.ema, 0, False)
+    plan = Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0, flip=False)
     trainer = Trainer(model, train, rows, plan)
     step = seconds(lambda: trainer.step(0), device)
     done = flops(lambda: trainer.step(0))
     print(f"DiT-tiny training step, batch {plan.batch} | {step * 1e3:.1f} ms | "
           f"{plan.batch / step:.0f} images/s | {done / step / 1e9:.0f} GFLOP/s, "
-          f"{100 * done / step / peak:.0f} % of the matrix product")
+          f"{100 * done / step / product:.0f} % of the matrix product")
 
     plan = plan._replace(batch=recipe.tune_batch)
-    plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, MinMax(.002, .008))
+    losses = MinMax(recipe.lambda_r, recipe.lambda_d)
+    plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, losses)
     for k in range(100):                                        # fills the memories
         x0, labels, y, t, eps = draw(train, plan.batch, k, 0, False, rows)
         with torch.no_grad():
@@ -93,12 +95,12 @@ def measure(device):
 
     x = torch.randn(100, 1, recipe.size, recipe.size, device=device)
     labels = torch.arange(100, device=device) % 10
-    predict = torch.no_grad()(guided(model.eval(), labels, 10, 1.5))
+    predict = torch.no_grad()(guided(model.eval(), labels, 10, recipe.guidance))
     call = seconds(lambda: predict(x, 500), device)
     done = flops(lambda: predict(x, 500))
     print(f"sampling step with guidance, 100 images | {call * 1e3:.1f} ms | "
           f"{100 / call / 10:.0f} images/s at 10 steps | {done / call / 1e9:.0f} GFLOP/s, "
-          f"{100 * done / call / peak:.0f} % of the matrix product")
+          f"{100 * done / call / product:.0f} % of the matrix product")
 
     judge, g = ConvNet(recipe.judge_size, 1, 10).to(device), torch.Generator(device).manual_seed(0)
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)

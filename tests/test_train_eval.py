@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,13 +174,22 @@ def test_the_table_and_the_file(capsys):
     train_eval.main(["distilled", "herding", "kmeans+random", "--runs", "2"])
     rows = [json.loads(line) for line in open("out/digits/results.jsonl")]
     assert [row["train"] for row in rows] == [
-        "out/digits/distilled", "herding", "kmeans+random", "random", "full"]
-    assert [row["images"] for row in rows] == [20, 20, 40, 20, 1257]
+        "out/digits/distilled", "herding", "kmeans+random", "random", "kmeans", "full"]
+    assert [row["images"] for row in rows] == [20, 20, 40, 20, 20, 1257]
     assert set(rows[0]) == {"data", "train", "ipc", "images", "judge", "epochs", "runs", "accuracy", "mean",
                             "std", "best", "seconds", "device", "seed", "command"}
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
     said = capsys.readouterr().out
     assert all(f"{row['mean']:.2f}" in said for row in rows)
+
+
+def test_a_set_larger_than_the_real_one_has_no_random_row(capsys):
+    train = load("digits").train
+    np.savez("many.npz", images=torch.cat([train.images, train.images]),
+             labels=torch.cat([train.labels, train.labels]), classes=train.classes)
+    train_eval.main(["many.npz", "--runs", "1", "--epochs", "1"])
+    assert "a class has only 122 real images" in capsys.readouterr().out
+    assert [json.loads(line)["train"] for line in open("out/digits/results.jsonl")] == ["many.npz", "full"]
 
 
 def test_what_makes_no_sense_is_refused(sentence, tmp_path):
