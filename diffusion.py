@@ -3,7 +3,7 @@
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          the forward process adds noise, t = 0 ... 999
     L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to name the noise it sees
 
-    python diffusion.py        # BASE_COST
+    python diffusion.py        # 1,257 digits, 1.3M parameters: 4.5 minutes on two CPU cores
 
 Writes out/digits/base.safetensors (the averaged weights, with all it takes to rebuild the network) and
 base.log.jsonl. Interrupted, it goes on where it stopped: final weights are the same to the last bit.

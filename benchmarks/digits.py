@@ -1,6 +1,6 @@
 """Measures the rows of the README's tables, and writes the tables and the plot from what it measured.
 
-    python benchmarks/digits.py            # BENCH_COST; measures only rows that are missing
+    python benchmarks/digits.py            # half an hour on two CPU cores; skips rows that are there
     python benchmarks/digits.py --tables   # measures nothing: rewrites the README from results/digits.jsonl
 
 Rows are kept in results/digits.jsonl; delete it and out/ to measure all anew. Accuracies are the judge's last
