@@ -55,7 +55,7 @@ def one_sentence(parser):
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
-                               errno.EPERM):
+                               errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         parser.exit(2, f"{parser.prog}: cannot read or write: {error.strerror}{where}; "
@@ -238,7 +238,7 @@ class Recipe:
     tune_steps: int            # of fine-tuning with the min-max losses
     tune_batch: int
     tune_lr: float
-    tune_ema: float
+    tune_ema: float            # an upper bound: the average of 400 steps has not reached it yet
     lambda_r: float
     lambda_d: float
     guidance: float            # classifier-free guidance when sampling; 1 is none
@@ -428,7 +428,7 @@ def main(argv=None):
                   f"{min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
-        print(f"-> python diffusion.py{same_data(args)}")
+        print(f"-> python diffusion.py{same_data(args, '--recipe')}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python diffusion.py        # 1,257 digits, 1.3M parameters: 4.5 minutes on two CPU cores
 
 Writes out/digits/base.safetensors (the averaged weights, with all it takes to rebuild the network) and
-base.log.jsonl. Interrupted, it goes on where it stopped: final weights are the same to the last bit.
+base.log.jsonl. Interrupted, it goes on where it stopped; on a CPU the final weights are the same to the bit.
 Sources: Ho et al. 2020 (DDPM), Peebles & Xie 2023 (DiT), Xie et al. 2023 (DiffFit).
 """
 import functools
@@ -37,7 +37,8 @@ from data import (UserError, add_flags, check_settings, command, device_named, l
 class Schedule:
     """A linear schedule: abar_t = prod_{s<=t} (1 - beta_s), beta from 1e-4 to 0.02 (Ho et al. 2020, sec. 4).
 
-    abar: (T,) float64 on the CPU, from 0.9999 (t = 0, a clean image) down to 4e-5 (t = 999, noise).
+    abar: (T,) float64 on the CPU, from 0.9999 (t = 0, one step of noise) down to 4e-5 (t = 999, all noise).
+    Our t is Ho et al.'s t - 1; x_0 in equations is the clean image.
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
     """
     T = 1000
@@ -70,17 +71,17 @@ class Schedule:
 # ----------------------------------------------------------------------------------------------------
 # 2. DiT: a transformer over patches, steered by time and class through its layer norms
 #
-# Names and shapes of all parameters are those of the published checkpoints (facts, not code).
+# Names and shapes of all parameters are those of the published checkpoints (which learn the variance too).
 # B images, N tokens, D width, p pixels per token side, C channels.
 
-SIZES = {"tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16),
-         "XL": (28, 1152, 16)}
+SIZES = {                      # depth, width D, heads
+    "tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MLP_RATIO = 4
 DIFFFIT_BLOCKS = 14           # DiffFit scales the first 14 blocks only, in DiT-XL/2 as it was published
 
 
 def sincos(positions, dim):
-    """cos/sin features of scalar positions, frequencies 1 ... 1/10000: (n,) -> cos, sin, both (n, dim/2)."""
+    """Positions (n,) -> their cosines and sines, both (n, dim/2); frequencies from 1 down towards 1/10000."""
     steps = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
     angles = positions[:, None] * torch.exp(-math.log(10000) * steps)       # (n, dim/2)
     return angles.cos(), angles.sin()
@@ -234,7 +235,7 @@ def difffit_parameters(model):
 
 
 class Denoised(NamedTuple):
-    """One example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W), the last two with gradients."""
+    """One example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W); all but xt with gradients."""
     loss: torch.Tensor
     xt: torch.Tensor
     eps_hat: torch.Tensor
@@ -258,7 +259,7 @@ def denoising_loss(model, schedule, x0, y, t, eps):
 
 
 def ema_decay(step, decay):
-    """Warm-up of the average: the first steps, far from the solution, are forgotten sooner."""
+    """The average spans about a tenth of the steps so far, until `decay` binds (.99: from step 890)."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -295,7 +296,6 @@ def save_checkpoint(path, tensors, header):
     header = {**header, "fingerprint": fingerprint(tensors)}
     with replacing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata={"nanodd": json.dumps(header)}))
-    return header
 
 
 def read_header(path):
@@ -323,6 +323,8 @@ def load_model(path, device="cpu"):
     """
     path = pathlib.Path(path)
     header = read_header(path)
+    if header["schedule"] != "linear":
+        raise UserError(f"{path} was trained with a {header['schedule']} schedule; only linear is here")
     header["weights"] = header["fingerprint"]
     tensors = load_tensors(path)
     if "base" in header:
@@ -334,17 +336,17 @@ def load_model(path, device="cpu"):
             raise UserError(f"{base} is another base model than the one {path} was tuned from")
         tensors = {**load_tensors(base), **tensors}
     model = DiT(**header["config"])
-    fit_tensors(model, tensors, path)
+    load_strictly(model, tensors, path)
     return model.to(device).eval(), header
 
 
-def fit_tensors(model, tensors, path):
+def load_strictly(model, tensors, path):
     """Loads {name: tensor} strictly; only DiffFit's gammas may be missing (they start at 1)."""
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in tensors and "gamma" not in name]
     wrong = [name for name in tensors if name not in wanted or tensors[name].shape != wanted[name].shape]
     if missing or wrong:
-        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing "
+        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing, unexpected "
                         "or of another shape")
     model.load_state_dict({**wanted, **tensors})
 
@@ -356,7 +358,7 @@ def fit_tensors(model, tensors, path):
 @functools.lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):
     """A permutation of 0..n-1, a function of (seed, epoch)."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32))
 
 
 def batch_index(n, batch, step, seed):
@@ -393,7 +395,7 @@ class Plan(NamedTuple):
     steps: int
     batch: int
     lr: float                 # AdamW, no weight decay
-    decay: bool               # True: lr falls to zero along half a cosine; False: constant, as in Gu et al.
+    decay: bool               # True: warm-up, then half a cosine to zero; False: constant, as in Gu et al.
     ema: float
     seed: int
     flip: bool
@@ -456,16 +458,17 @@ class Trainer:
             self.extra.load_state_dict(state["extra"])
 
 
-SAVE_EVERY = 10               # seconds between saved states, or a twentieth of the time where saving is slow
+SAVE_EVERY = 10               # seconds between saved states; more where saving takes over a twentieth of them
 
 
 def fit(trainer, path, header, overwrite=False):
     """Trains to the plan's end and writes the average to `path`; goes on from where an interrupted run was.
 
     What resuming needs lies in NAME.resume.pt until the end, the losses in NAME.log.jsonl (means since the
-    line before). Raises UserError where a loss is not finite; nothing of such a run is kept.
+    line before). Raises UserError where a loss is not finite, and forgets the state of that run.
     """
     path, plan = pathlib.Path(path), trainer.plan
+    path.parent.mkdir(parents=True, exist_ok=True)
     resume = path.with_suffix(".resume.pt")
     start, seconds, sums, log = 0, 0.0, {}, []
     if resume.exists():
@@ -490,8 +493,11 @@ def fit(trainer, path, header, overwrite=False):
             if not line_due and not save_due:
                 continue
             if not all(math.isfinite(float(value)) for value in sums.values()):
-                raise UserError(f"the loss is not finite between steps {max(0, done - line_every)} "
-                                f"and {done}: try a smaller learning rate; {path} is untouched")
+                resume.unlink(missing_ok=True)
+                raise UserError("the loss is not finite between steps "
+                                f"{max(0, done - line_every)} and {done}: lower the learning rate in the recipe "
+                                "(data.py, section 3), or the lambdas; "
+                                f"{path} is untouched")
             if line_due:
                 count = done % line_every or line_every
                 log.append({"step": done, **{name: float(value) / count for name, value in sums.items()},
@@ -524,6 +530,11 @@ def new_header(data, config, settings, typed):
             "rows": rows, "guidance": data.recipe.guidance, "settings": settings, "command": typed}
 
 
+def data_print(train):
+    """A fingerprint of the images, their labels and the class names: other pictures are other settings."""
+    return fingerprint({"images": train.images, "labels": train.labels}) + " " + " ".join(train.classes)[:60]
+
+
 def finished(path, settings, overwrite):
     """True where `path` already holds the result of these settings; refuses others' unless `overwrite`.
 
@@ -542,8 +553,9 @@ def train_base(data, path, *, steps, seed, device, overwrite, typed):
     recipe, train = data.recipe, data.train
     config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
               "channels": recipe.channels, "classes": len(train.classes)}
-    plan = Plan(steps, recipe.batch, recipe.lr, True, recipe.ema, seed, recipe.flip)
-    settings = {**config, **plan._asdict(), "images": len(train.labels)}
+    plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
+                flip=recipe.flip)
+    settings = {**config, **plan._asdict(), "data": data_print(train)}
     if finished(path, settings, overwrite):
         return
     torch.manual_seed(seed)                                     # the initial weights
@@ -570,7 +582,8 @@ def main(argv=None):
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
         train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
                    overwrite=args.overwrite, typed=command(__file__, argv))
-        print(f"saved {path} -> python minimax.py{same_data(args)}")
+        print(f"saved {path} -> python minimax.py{same_data(args, '--recipe')}"
+              + (f" --base {path}" if args.out else ""))
 
 
 if __name__ == "__main__":

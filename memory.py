@@ -6,7 +6,9 @@
     min     the least similar one goes; only there to show that it is worse                   (their Table 3)
 
 A generator learns to stay close to the real memory and away from its own. What is forgotten therefore decides
-what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that was ever seen.
+what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that was ever seen,
+but never ages: an outlier stays for good. An embedding here is the flattened picture, in [-1, 1]; in the
+papers it is a latent.
 
     python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
 """
@@ -30,14 +32,14 @@ def drop_by_similarity(entries, slots, most):
     The sums are taken anew after each drop, or a pair of twins would go together. They are rounded, so that
     equal entries tie in spite of the last digit, and the oldest of a tie goes.
     """
-    unit = F.normalize(entries.double(), dim=1)
+    unit = F.normalize(entries.cpu().double(), dim=1)           # (m, D); on the CPU: the loop is serial
     similarity = unit @ unit.T                                              # (m, m)
-    kept = torch.arange(len(entries), device=entries.device)
+    kept = torch.arange(len(entries))
     while len(kept) > slots:
         degree = similarity[kept][:, kept].sum(dim=1).round(decimals=9)     # (m,)
         drop = degree.argmax() if most else degree.argmin()                 # the first of equals
         kept = torch.cat([kept[:drop], kept[drop + 1:]])
-    return entries[kept]
+    return entries[kept.to(entries.device)]
 
 
 POLICIES = {
@@ -78,7 +80,7 @@ class Memory:
         items = items.detach()
         held = self.get(label)
         grown = items if held is None else torch.cat([held, items])         # (m + n, D)
-        self.entries[label] = self.keep(grown, self.slots).clone()
+        self.entries[label] = self.keep(grown, self.slots).clone()    # a view would keep `grown`
 
     def state_dict(self):
         return dict(self.entries)

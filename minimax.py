@@ -2,12 +2,13 @@
 
     L_r = mean over the classes c in the batch of  1 - min cos(z_hat[c], real memory[c])
     L_d = mean over the classes c in the batch of      max cos(z_hat[c], generated memory[c])
-    L   = L_diff + lambda_r L_r + lambda_d L_d                    Gu et al. 2024, eq. 3 and 4; Fan et al. 2025
+    L   = L_diff + lambda_r L_r + lambda_d L_d                    Gu et al. 2024, eq. 3 to 5; Fan et al. 2025
 
     python minimax.py          # 22 s on two CPU cores; the first time 5 minutes, base model included
 
-z_hat is the one-step guess at the clean image. The min finds the real image that the class covers worst, the
-max the earlier guess it repeats most; one pair per class and step feels each term. Makes the base model first
+z_hat is the one-step guess at the clean image. The min picks the least similar (guess, real image) pair of a
+class, the max the most similar (guess, earlier guess) pair, over the class's whole batch as in the authors'
+code: one pair per class and step feels each term. Makes the base model first
 when there is none. Writes out/digits/minimax.safetensors: only what was tuned, to be laid over its base.
 """
 import os
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from data import UserError, add_flags, command, device_named, load, new_parser, one_sentence, same_data
-from diffusion import (DiT, Plan, Trainer, difffit_parameters, finished, fit, fit_tensors, load_tensors,
-                       new_header, read_header, train_base)
+from diffusion import (DiT, Plan, Trainer, data_print, difffit_parameters, finished, fit, load_strictly,
+                       load_tensors, new_header, read_header, train_base)
 from memory import Memory, policies
 
 # ----------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ def cosines(z, memory):
 
 
 def representativeness(z, memory):
-    """1 - the smallest of n x M cosines: pulls the worst-covered pair together (Gu et al. 2024, eq. 3)."""
+    """1 - the smallest of n x M cosines: pulls the least similar pair together (Gu et al. 2024, eq. 3)."""
     return 1 - cosines(z, memory).min()
 
 
@@ -61,7 +62,7 @@ class MinMax:
 
     z_hat "x0": (x_t - sqrt(1 - abar) eps_hat) / sqrt(abar), as the authors' code has it and the published
     numbers were made. "paper": x_t - eps_hat, as Fan et al. write it; the two agree for t above about 500,
-    while at small t the paper's form is mostly negative noise.
+    while at small t the paper's form is the image minus about as much noise.
     """
 
     def __init__(self, lambda_r, lambda_d, slots=64, memory=("fifo", "fifo"), z_hat="x0", naive=False):
@@ -71,8 +72,8 @@ class MinMax:
     def __call__(self, denoised, x0, labels):
         """denoised: diffusion.Denoised; x0 (B, C, H, W); labels (B,) -> (scalar, {"repr": L_r, "div": L_d}).
 
-        Compares before it pushes, so that nothing is compared with itself. A class whose memory is still
-        empty adds nothing but counts in the mean.
+        Compares before it pushes, so that no guess meets its own copy of this step. A class whose memory is
+        still empty adds nothing but counts in the mean.
         """
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
@@ -107,7 +108,7 @@ def tuned_model(base, header, tune, device):
     """The base model at `base` with only what is to be tuned requiring gradients: (DiT, its config)."""
     config = {**header["config"], "difffit": tune == "difffit"}
     model = DiT(**config)
-    fit_tensors(model, load_tensors(base), base)
+    load_strictly(model, load_tensors(base), base)
     if tune == "difffit":
         names = set(difffit_parameters(model))
         for name, parameter in model.named_parameters():
@@ -123,7 +124,8 @@ def checked(args, recipe):
     if steps < 1 or args.slots < 1:
         raise UserError(f"--steps and --slots must be at least 1, not {steps} and {args.slots}")
     if not (0 <= lambda_r < float("inf") and 0 <= lambda_d < float("inf")):
-        raise UserError(f"--lambda-r and --lambda-d must not be negative, and are {lambda_r} and {lambda_d}")
+        raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
+                        f"and are {lambda_r} and {lambda_d}")
     return steps, lambda_r, lambda_d
 
 
@@ -131,7 +133,8 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add_flags(parser, "data root recipe validation out seed device overwrite")
     parser.add_argument("--base", type=pathlib.Path, metavar="FILE",
-                        help="what to start from (default: out/NAME/base.safetensors, made if there is none)")
+                        help="what to start from (default: out/NAME/base.safetensors; made with this "
+                             "--seed if there is none)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument("--lambda-r", type=float, help="weight of representativeness (default: the recipe's)")
     parser.add_argument("--lambda-d", type=float, help="weight of diversity (default: the recipe's)")
@@ -160,8 +163,8 @@ def run(args, typed):
         if args.base:
             raise UserError(f"there is no {base}: python diffusion.py makes a base model")
         print(f"no {base} yet: making it first, once")
-        train_base(data, base, steps=recipe.steps, seed=args.seed, device=device, overwrite=False,
-                   typed=typed)
+        train_base(data, base, steps=recipe.steps, seed=args.seed, device=device,
+                   overwrite=args.overwrite, typed=typed)
     header = read_header(base)
     if "base" in header:
         raise UserError(f"{base} is fine-tuned already: start from a base model")
@@ -169,9 +172,12 @@ def run(args, typed):
         raise UserError(f"{base} is of the data set {header['data']} with {len(header['classes'])} classes, "
                         f"not of {data.name} with {len(data.train.classes)}")
     if header["config"]["size"] != recipe.size or header["config"]["channels"] != recipe.channels:
-        raise UserError(f"{base} draws {header['config']['size']} pixels, but the recipe has {recipe.size}")
-    plan = Plan(steps, recipe.tune_batch, recipe.tune_lr, False, recipe.tune_ema, args.seed, recipe.flip)
-    settings = {**plan._asdict(), "base": header["fingerprint"], "lambda_r": lambda_r, "lambda_d": lambda_d,
+        raise UserError(f"{base} draws {header['config']['channels']} x {header['config']['size']} pixels, "
+                        f"but the recipe has {recipe.channels} x {recipe.size}")
+    plan = Plan(steps=steps, batch=recipe.tune_batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
+                seed=args.seed, flip=recipe.flip)
+    settings = {**plan._asdict(), "data": data_print(data.train), "base": header["fingerprint"],
+                "lambda_r": lambda_r, "lambda_d": lambda_d,
                 "memory": list(memory), "slots": args.slots, "z_hat": args.z_hat, "naive": args.naive,
                 "tune": args.tune}
     if finished(path, settings, args.overwrite):
@@ -187,7 +193,8 @@ def run(args, typed):
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
     fit(Trainer(model, data.train.to(device), rows, plan, losses), path,
         {**new_header(data, config, settings, typed), "rows": header["rows"], "base": origin}, args.overwrite)
-    print(f"saved {path} -> python sample.py --steps 10{same_data(args)}")
+    print(f"saved {path} -> python sample.py --steps 10{same_data(args, '--out')}"
+          + (f" --checkpoint {path}" if args.out else ""))
 
 
 if __name__ == "__main__":
