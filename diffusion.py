@@ -495,7 +495,7 @@ def fit(trainer, path, header, overwrite=False):
             if not all(math.isfinite(float(value)) for value in sums.values()):
                 resume.unlink(missing_ok=True)
                 raise UserError("the loss is not finite between steps "
-                                f"{max(0, done - line_every)} and {done}: lower the learning rate in the recipe "
+                                f"{max(0, done - line_every)} and {done}: lower the recipe's learning rate "
                                 "(data.py, section 3), or the lambdas; "
                                 f"{path} is untouched")
             if line_due:
