@@ -175,9 +175,10 @@ def plot(rows, path):
     axes.errorbar([row["steps"] for row in rows], [row["mean"] for row in rows], [row["std"] for row in rows],
                   marker="o", capsize=3)
     for row in rows:
-        axes.annotate(f"{row['ipc']} a class", (row["steps"], row["mean"]), xytext=(4, -12),
+        axes.annotate(str(row["ipc"]), (row["steps"], row["mean"]), xytext=(5, -11),
                       textcoords="offset points", fontsize=8)
-    axes.set(xlabel="sampling steps", ylabel="accuracy, %", title=f"{BUDGET} seconds of sampling")
+    axes.set(xlabel="sampling steps", ylabel="accuracy, %",
+             title=f"{BUDGET} seconds of sampling (at each point: images a class)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
