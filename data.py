@@ -261,7 +261,7 @@ RECIPES = {
         epochs=200, views=40_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
-        size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=128, lr=2e-3, ema=.995,
+        size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
         tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
         guidance=2., flip=True, augment="color_crop_cutout_flip_scale_rotate",
         mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=40_000),

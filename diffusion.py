@@ -582,7 +582,7 @@ def main(argv=None):
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
         train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
                    overwrite=args.overwrite, typed=command(__file__, argv))
-        print(f"saved {path} -> python minimax.py{same_data(args, '--recipe')}"
+        print(f"{path} -> python minimax.py{same_data(args, '--recipe', '--out')}"
               + (f" --base {path}" if args.out else ""))
 
 

@@ -199,6 +199,7 @@ def main(argv=None):
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         plot(rows, ROOT / "assets" / "steps.png")
         write_readme(tables(rows))
+        print(f"README.md and assets/steps.png now show the {len(rows)} rows of results/{RESULTS.name}")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_a_budget_keeps_complete_rounds_only(tuned, capsys, sentence):
     sample.main(["--minutes", "0.04", "--steps", "2", "--batch", "16"])
     more = json.loads(open("out/digits/distilled.json").read())
     assert more["ipc"] > record["ipc"] and record["seconds"] < more["seconds"] <= 2.6  # added up over resumes
-    assert "raise --seconds" in sentence(sample.main, "--seconds", "1e-9", "--batch", 3, "--out", "short")
+    assert "Raise --seconds" in sentence(sample.main, "--seconds", "1e-9", "--batch", 3, "--out", "short")
 
 
 def test_an_npz_holds_the_same_images(tuned):
