@@ -268,8 +268,9 @@ def distil(draw, store, record, total, budget, batch, save):
             done, number = done + len(items), number + 1
             bar.update(len(items))
     if done < K or number == 1 and record["seconds"] > budget:
-        raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class: "
-                        f"the first {done} took {record['seconds']:.2g} seconds. Raise --seconds, or lower --batch")
+        raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class: the "
+                        f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
+                        "or lower --batch")
     kept = block(0, done // K * K, K)
     store.finish(kept)
     record["seconds"] = time.monotonic() - began
