@@ -1,6 +1,6 @@
 """Trains a judge on a small training set, tests it on the real images: what a distilled set is worth.
 
-    python train_eval.py                           # four rows, 5 judges each: under 5 minutes on two CPU cores
+    python train_eval.py                            # four rows of judges: under 5 minutes on two CPU cores
     python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
 
 The judge (ConvNetD3-W128) sees the training set alone: SGD 0.01, momentum 0.9, weight decay 5e-4, a tenth of
