@@ -164,15 +164,20 @@ def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10,
 # Each is (train, ipc, features, generator) -> ImageSet; features are those of a judge trained on all of it.
 
 
+def members(train, c, ipc):
+    """Positions of the images of class c, (n,). Raises UserError where there are fewer than ipc."""
+    mine = (train.labels == c).nonzero().squeeze(1)                         # (n,)
+    if len(mine) < ipc:
+        raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+    return mine
+
+
 def by_class(choose):
     """Makes a selector of a whole set from choose(features (n, F), ipc, g) -> (ipc,) positions in a class."""
     def select(train, ipc, features, g):
         index = []
         for c in range(len(train.classes)):
-            mine = (train.labels == c).nonzero().squeeze(1)                 # (n,)
-            if len(mine) < ipc:
-                raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, "
-                                f"fewer than --ipc {ipc}")
+            mine = members(train, c, ipc)                                   # (n,)
             index.append(mine[choose(features[mine], ipc, g).to(mine.device)])
         return train.pick(torch.cat(index))
     return select
@@ -208,10 +213,7 @@ def kmeans(train, ipc, features, g):
     """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
     images, shape = [], train.images.shape[1:]
     for c in range(len(train.classes)):
-        mine = train.images[train.labels == c].flatten(1).cpu().double().numpy()
-        if len(mine) < ipc:
-            raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, "
-                            f"fewer than --ipc {ipc}")
+        mine = train.images[members(train, c, ipc)].flatten(1).cpu().double().numpy()
         seed = int(torch.randint(2**31, (), generator=g))
         centers = KMeans(ipc, n_init=3, random_state=seed).fit(mine).cluster_centers_
         images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *shape))
@@ -262,9 +264,11 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     """
     began, last, best = time.monotonic(), [], []
     features = features or judge_features(data, seed, bf16)
+    redrawn = any(part in SELECTORS for part in source.split("+"))
     for run in range(runs):
-        g = torch.Generator().manual_seed(seed + run)           # random draws anew each run
-        train = training_set(source, data, ipc, features, g)
+        if run == 0 or redrawn:                                 # a folder is read once, random draws anew
+            g = torch.Generator().manual_seed(seed + run)
+            train = training_set(source, data, ipc, features, g)
         count = epochs or count_epochs(data.recipe, len(train.labels))
         _, curve = train_judge(train, data.test, data.recipe, count, seed + run, bf16=bf16)
         last.append(round(curve[-1], 4))
