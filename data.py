@@ -3,28 +3,35 @@
     images (N, C, H, W) uint8        labels (N,) int64 in 0..K-1        classes: K names
 
 Everything small enough to sit in memory sits there, decoded once; a network sees
-x = images / 127.5 - 1, in [-1, 1]. A class is a NAME wherever files are involved: its label is its position
-in `classes`, so a folder that lost a class is an error and never a shift of labels.
+x = images / 127.5 - 1, in [-1, 1]. Of ImageNet's subsets only the file names are held. A class is a NAME
+wherever files are involved: its label is its position in `classes`, so a folder that lost a class is an error
+and never a shift of labels.
 
     python data.py                       # 1,257 real handwritten digits to train on, 540 to test: 3 s
     python data.py --data my/pictures    # any folder of class folders: what would be read, and how
+    python data.py --data imagewoof --root /data/imagenet       # which images this cut has
 
 Writes nothing. For each data set, its recipe (section 3) says everything that the other files derive from it.
 """
 import argparse
+import datetime
 import errno
+import hashlib
 import os
 import pathlib
+import re
 import shlex
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -42,7 +49,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_sentence(parser):
-    """Turns a UserError, a full disk or Ctrl-C inside the block into one line on stderr and exit code 2.
+    """Turns a UserError, a full disk or memory, or Ctrl-C in the block into one line on stderr, exit code 2.
 
     Anything else is a bug of ours and keeps its traceback.
     """
@@ -53,6 +60,11 @@ def one_sentence(parser):
                        "and the same command goes on\n")
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except (torch.OutOfMemoryError, MemoryError):
+        known = parser.format_help()
+        helps = [flag for flag in ("--recompute", "--batch", "--bf16") if f"{flag} " in known]
+        parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(helps) or 'a smaller set'} "
+                       "(a smaller number where it takes one)\n")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,
                                errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
@@ -89,10 +101,19 @@ def device_named(name):
     if kind == "mps" and not has_mps:
         raise UserError("--device mps was asked for, but there is none here; try --device cpu")
     if kind == "cuda":
-        index = name.partition(":")[2] or "0"
+        index = name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU each
         if not index.isdigit() or int(index) >= torch.cuda.device_count():
             raise UserError(f"--device {name} was asked for, but there is none here; try --device cpu")
+        return torch.device(kind, int(index))
     return torch.device(name)
+
+
+def gains_from_bf16(device):
+    """Whether bfloat16 is faster there: on GPUs, and on CPUs that multiply it natively."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    has = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch does not tell
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -111,6 +132,87 @@ class ImageSet(NamedTuple):
 
     def to(self, device):
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+
+    def read(self, skip_broken=False):
+        """Itself: it was read already."""
+        return self
+
+    def examples(self, index, mirrored, chance):
+        """What the diffusion model learns from: (B, C, H, W) in [-1, 1]; mirrored (B,) bool, or None."""
+        x = to_float(self.images[index])
+        return x if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+
+
+class ImageFiles(NamedTuple):
+    """An ImageSet too large for memory: N paths in place of images, which read() decodes to
+    (channels, size, size).
+
+    labels: (N,) int64 in 0..K-1. classes: list of K names, in label order.
+    """
+    files: list
+    labels: torch.Tensor
+    classes: list
+    size: int
+    channels: int
+
+    def pick(self, index):
+        """The files at `index`, a (n,) tensor of positions or a boolean mask."""
+        positions = torch.arange(len(self.files))[index.cpu()]
+        return self._replace(files=[self.files[i] for i in positions], labels=self.labels[positions])
+
+    def to(self, device):
+        """Itself: nothing of it is on a device before it is read."""
+        return self
+
+    def read(self, skip_broken=False):
+        """Decodes all of it, several files at a time: an ImageSet.
+
+        Raises UserError, naming the first and counting, where images cannot be read and shall not be skipped.
+        """
+        def attempt(path):
+            try:
+                return open_image(path, self.size, self.channels)
+            except UserError as error:
+                return error
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(attempt, self.files))
+        broken = [image for image in images if isinstance(image, UserError)]
+        if broken and not skip_broken:
+            raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
+                            "--skip-broken leaves them out)")
+        for error in broken:
+            print(f"left out: {error}")
+        whole = torch.tensor([isinstance(image, torch.Tensor) for image in images])
+        images = [image for image in images if isinstance(image, torch.Tensor)]
+        if len({image.shape for image in images}) > 1:
+            raise UserError(f"the images beside {self.files[0]} have several sizes; a size to bring them to "
+                            "is needed")
+        if not images:
+            raise UserError(f"none of the images beside {self.files[0]} can be read")
+        return ImageSet(torch.stack(images), self.labels[whole], self.classes)
+
+
+def fingerprint(tensors):
+    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_print(train, times=False):
+    """A fingerprint of a set: images, labels and classes; of files their names, sizes and (on demand) times.
+
+    Other pictures are other settings.
+    """
+    if isinstance(train, ImageFiles):
+        facts = [(f"{file.parent.name}/{file.name}", file.stat().st_size, file.stat().st_mtime_ns * times)
+                 for file in train.files]
+        text = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    else:
+        text = fingerprint({"images": train.images, "labels": train.labels})
+    return text + " " + " ".join(train.classes)[:60]
 
 
 def to_float(images):
@@ -148,19 +250,23 @@ def open_image(path, size=None, channels=3):
     return TF.pil_to_tensor(image)                                          # (C, H, W)
 
 
-def read_set(path, size=None, channels=3, classes=None):
+def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     """Reads a folder of class folders, or an .npz with images, labels and classes, as an ImageSet.
 
     size, channels: what each image is brought to. classes: the names in label order; a folder that lacks one
     of them or has another is an error. Without it the sorted folder names are the classes.
-    Raises UserError for a missing or empty folder, an unreadable image, a class without images.
+    Raises UserError for a missing or empty folder, an unreadable image that is not to be skipped, a class
+    without images.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}")
     if path.suffix != ".npz" and not path.is_dir():
         raise UserError(f"{path} is neither a folder of class folders nor an .npz")
-    found = (read_npz if path.suffix == ".npz" else read_folder)(path, size, channels)
+    if path.suffix == ".npz":
+        found = read_npz(path, size, channels)
+    else:
+        found = list_folder(path, size, channels).read(skip_broken)
     if classes is not None and sorted(found.classes) != sorted(classes):
         lost, extra = sorted(set(classes) - set(found.classes)), sorted(set(found.classes) - set(classes))
         raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
@@ -173,21 +279,21 @@ def read_set(path, size=None, channels=3, classes=None):
     return found
 
 
-def read_folder(path, size, channels):
-    """A folder of class folders -> ImageSet, classes sorted by name, files sorted within a class."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
+def list_folder(path, size, channels, classes=None):
+    """A folder of class folders -> ImageFiles, classes sorted by name (or those asked for), files as well."""
+    if classes is None:
+        classes = sorted(entry.name for entry in path.iterdir()
+                         if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
         raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
-    images, labels = [], []
-    for label, folder in enumerate(folders):
-        names = sorted(name for name in folder.rglob("*") if name.suffix.lower() in SUFFIXES)
-        if not names:
-            raise UserError(f"the class folder {folder} holds no images ({', '.join(SUFFIXES)})")
-        images += [open_image(name, size, channels) for name in names]
-        labels += [label] * len(names)
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"the images under {path} have several sizes; a size to bring them to is needed")
-    return ImageSet(torch.stack(images), torch.tensor(labels), [folder.name for folder in folders])
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    return ImageFiles(files, torch.tensor(labels), classes, size, channels)
 
 
 def read_npz(path, size, channels):
@@ -226,28 +332,45 @@ def write_png(path, image):
 @dataclass(frozen=True)
 class Recipe:
     """All that the other files take from the data set. Times are those of two CPU cores."""
-    size: int                  # pixels, square: what the diffusion model draws
-    judge_size: int            # what the judge enlarges (or shrinks) images to
-    channels: int              # 1 or 3
+    size: int                  # of what the diffusion model draws: pixels, or latent cells (8 pixels each)
+    channels: int              # 1 or 3; of latents 4
+    latents: bool              # whether it draws latents, which the autoencoder (vae.py) turns into pictures
+    weights: str               # published weights to start from; "" where the base is trained here
     network: str               # DiT's size: tiny, S, B, L or XL
     patch: int                 # pixels (or latent cells) per token side
     steps: int                 # of training the base model
     batch: int
     lr: float                  # peak learning rate of the base
     ema: float                 # EMA decay, after its warm-up
-    tune_steps: int            # of fine-tuning with the min-max losses
+    tune_steps: int            # of fine-tuning with the min-max losses; 0: as many as make tune_epochs
+    tune_epochs: int
     tune_batch: int
     tune_lr: float
-    tune_ema: float            # an upper bound: the average of 400 steps has not reached it yet
+    tune_beta2: float          # AdamW's
+    tune_ema: float
+    tune_warm: bool            # the average warms up, so that tune_ema binds only in long runs
     lambda_r: float
     lambda_d: float
     guidance: float            # classifier-free guidance when sampling; 1 is none
     flip: bool                 # mirror training images: right for photographs, wrong for digits
+    net: str                   # the judge (convnet.py)
+    judge_size: int            # what the judge enlarges (or shrinks) images to
+    protocol: str              # how the judge is trained (train_eval.py, section 2): challenge or gu
     augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"
     mean: tuple                # the judge sees (pixel / 255 - mean) / std
     std: tuple
     epochs: int                # of the judge on a small set; on a large one fewer, so that it sees about
     views: int                 # this many images in all
+
+    @property
+    def pixels(self):
+        """The side of the pictures that are read and drawn."""
+        return 8 * self.size if self.latents else self.size
+
+    @property
+    def colours(self):
+        """The channels of the pictures: 1 or 3."""
+        return 3 if self.latents else self.channels
 
 
 RECIPES = {
@@ -255,17 +378,31 @@ RECIPES = {
     # most of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave
     # room in. Black stays 0 under the judge's normalisation, so that augmentation fills with background.
     "digits": Recipe(
-        size=8, judge_size=16, channels=1, network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
-        tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
-        guidance=2., flip=False, augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,),
-        epochs=200, views=40_000),
+        size=8, channels=1, latents=False, weights="",
+        network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
+        tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
+        tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=False,
+        net="convnet3", judge_size=16, protocol="challenge", augment="color_crop_cutout_scale_rotate",
+        mean=(0.,), std=(.5,), epochs=200, views=40_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
-        size=32, judge_size=32, channels=3, network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
-        tune_steps=400, tune_batch=64, tune_lr=1e-3, tune_ema=.99, lambda_r=.002, lambda_d=.008,
-        guidance=2., flip=True, augment="color_crop_cutout_flip_scale_rotate",
+        size=32, channels=3, latents=False, weights="",
+        network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
+        tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
+        tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=True,
+        net="convnet3", judge_size=32, protocol="challenge", augment="color_crop_cutout_flip_scale_rotate",
         mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=40_000),
+    # Gu et al. 2024: 256-pixel pictures from the published DiT-XL/2. Their average starts at the published
+    # weights, and still holds 30 % of them after 12,000 steps.
+    "imagenet": Recipe(
+        size=32, channels=4, latents=True, weights="DiT-XL-2-256x256",
+        network="XL", patch=2, steps=400_000, batch=256, lr=1e-4, ema=.9999,
+        tune_steps=0, tune_epochs=8, tune_batch=8, tune_lr=1e-3, tune_beta2=.999,
+        tune_ema=.9999, tune_warm=False, lambda_r=.002, lambda_d=.008, guidance=4., flip=True,
+        net="resnetap10", judge_size=224, protocol="gu", augment="",
+        mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=10**9),
 }
+RECIPES["imagenet512"] = replace(RECIPES["imagenet"], size=64, weights="DiT-XL-2-512x512")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -273,32 +410,77 @@ RECIPES = {
 
 
 class Data(NamedTuple):
-    """name: what out/NAME is called. recipe: Recipe. train, test: ImageSet (test is for reporting only)."""
+    """name: what out/NAME is called. train, test: ImageSet or ImageFiles; test is for reporting only.
+
+    cut: in words, which images these are.
+    """
     name: str
     recipe: Recipe
     train: ImageSet
     test: ImageSet
+    cut: str
+
+
+# Subsets of ImageNet in their published order, by WordNet id: a class is found, and gets its row of the
+# published weights' label table, by this name and never by its place in a directory.
+IMAGENET100 = """
+    n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797
+    n01735189 n07831146 n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653
+    n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 n01558993 n04493381 n02109047 n04111531
+    n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 n02114855
+    n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 n03379051
+    n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868
+    n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322
+    n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029
+    n03837869 n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045
+    n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622
+""".split()
+SUBSETS = {
+    "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 "
+                  "n03888257".split(),
+    "imagewoof": "n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 "
+                 "n02105641".split(),
+    "imageidc": IMAGENET100[:10],                               # ImageNet-10 of Kim et al. 2022 (IDC)
+    "imagenet100": IMAGENET100,
+    "imagenet": None,                                           # all 1,000, sorted
+}
+
+
+def imagenet_classes():
+    """The 1,000 WordNet ids, sorted: row k of the published label tables is class k of this list."""
+    from timm.data import ImageNetInfo                          # a second, which digits need not pay
+    return ImageNetInfo().label_names()
+
+
+def class_list(name):
+    """The published class list of an ImageNet subset called `name`; None of any other data set."""
+    name = name.removesuffix("-validation")
+    return (SUBSETS[name] or imagenet_classes()) if name in SUBSETS else None
 
 
 def data_name(data, root=None, validation=False):
     """What out/NAME is called: digits, or the folder's own name. Raises UserError if there is none such."""
-    if data in ("digits", "folder"):
-        if (root is None) != (data == "digits"):
-            raise UserError("--data folder needs --root DIR" if root is None else
-                            "the digits come with scikit-learn: leave --root out")
-        name = pathlib.Path(root).resolve().name if root else data
+    if data == "digits" or data in SUBSETS:
+        if root and data == "digits":
+            raise UserError("the digits come with scikit-learn: leave --root out")
+        name = data
+    elif data == "folder":
+        if not root:
+            raise UserError("--data folder needs --root DIR")
+        name = pathlib.Path(root).resolve().name
     else:                                                       # DIR is short for --data folder --root DIR
         if not pathlib.Path(data).is_dir():
-            raise UserError(f"--data {data} is neither a folder nor the name of a data set (digits)")
+            raise UserError(f"--data {data} is neither a folder nor the name of a data set "
+                            f"(digits, {', '.join(SUBSETS)})")
         if root:
             raise UserError("--data DIR already says where the files are: leave --root out")
         name = pathlib.Path(data).resolve().name
-    if name in RECIPES and data not in RECIPES:
+    if name != data and (name == "digits" or name in SUBSETS):
         raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it")
     return name + "-validation" if validation else name
 
 
-def load(data="digits", root=None, recipe=None, validation=False):
+def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
     """The data set called `data`, or the folder of that name, as Data.
 
     root: where its files are. recipe: the name of another data set's recipe, to borrow it.
@@ -307,13 +489,20 @@ def load(data="digits", root=None, recipe=None, validation=False):
     Raises UserError where there is no such data set, folder or recipe, or where a split lacks a class.
     """
     name = data_name(data, root, validation)
-    recipe = RECIPES[recipe or (data if data in RECIPES else "folder")]
-    train, test = digits(recipe) if data == "digits" else folder(pathlib.Path(root or data), recipe)
+    recipe = RECIPES[recipe or ("imagenet" if data in SUBSETS else data if data in RECIPES else "folder")]
+    split_name = ""
+    if data == "digits":
+        train, test = digits(recipe)
+    elif data in SUBSETS:
+        train, test, split_name = imagenet(data, root, recipe)
+    else:
+        train, test = folder(pathlib.Path(root or data), recipe, skip_broken)
     if len(train.classes) < 2:
         raise UserError(f"{name} has one class only ({train.classes[0]}); a classifier needs two")
     if validation:
         train, test = split(train, .2)
-    return Data(name, recipe, train, test)
+    cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"
+    return Data(name, recipe, train, test, cut)
 
 
 def split(whole, fraction):
@@ -340,28 +529,113 @@ def digits(recipe):
     return split(ImageSet(images, torch.from_numpy(found.target), names), .3)
 
 
-def folder(root, recipe):
-    """DIR/train with DIR/test or DIR/val; without those, DIR's class folders are split 80/20, said aloud."""
+def folder(root, recipe, skip_broken=False):
+    """DIR/train with DIR/test or DIR/val; without those, DIR's class folders are split 80/20, said aloud.
+
+    Two ImageSets; two ImageFiles where the recipe draws latents, whose pictures are large.
+    """
+    def part(path, classes=None):
+        if recipe.latents:
+            return list_folder(path, recipe.pixels, recipe.colours, classes)
+        return read_set(path, recipe.pixels, recipe.colours, classes, skip_broken)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if (root / "train").is_dir():
-        train = read_set(root / "train", recipe.size, recipe.channels)
-        held = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
+        train = part(root / "train")
+        held = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
         if held is None:
             raise UserError(f"{root}/train needs {root}/test or {root}/val beside it")
-        return train, read_set(held, recipe.size, recipe.channels, train.classes)
+        return train, part(held, train.classes)
     print(f"{root} has no train/ and test/: a fixed fifth of it is held back to test on")
-    return split(read_set(root, recipe.size, recipe.channels), .2)
+    return split(part(root), .2)
+
+
+def imagenet(name, root, recipe):
+    """ROOT/train/<wnid>/*.JPEG and ROOT/val/<wnid>/*.JPEG: ImageNet's folders, or fastai's archive of some.
+
+    (train, test, which split in words): ImageFiles of the subset's classes, whatever else lies there. The two
+    sources are different data sets: ImageWoof has 12,454 training images in ImageNet (Gu et al. 2024), and
+    9,025 in fastai's archive, which mixes both of ImageNet's splits and cuts them anew.
+    """
+    if root is None:
+        raise UserError(f"--data {name} needs --root DIR, a folder with ImageNet's train/ and val/ in it")
+    parts, classes = [], class_list(name)
+    for part in ("train", "val"):
+        path = pathlib.Path(root, part)
+        missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
+        if missing:
+            raise UserError(f"there is no ImageNet at {root}: {path}/{missing[0]} is missing, and "
+                            f"{len(missing)} of the {len(classes)} classes of {name} in all "
+                            "(ImageNet's validation images must be sorted into class folders, too)")
+        parts.append(list_folder(path, recipe.pixels, recipe.colours, classes))
+    train, test = parts
+    resplit = any(re.match(r"n\d{8}_", file.name) for file in test.files)   # a name of the training split
+    return train, test, "fastai's re-split, " if resplit else "ImageNet's own split, "
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. The command line that all stages share
+# 5. Many processes (torchrun), and files from the network
+
+
+def rank():
+    """This process's number among all that torchrun started; 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes torchrun started; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Waits until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def many_processes():
+    """Joins the processes that torchrun started, if it did; only the first of them prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=datetime.timedelta(hours=2))            # some wait while one encodes
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fetch(url, name, flag):
+    """The file `name` in torch's hub cache, downloaded from `url` with a progress bar where it is not there.
+
+    Raises UserError where it cannot be had; flag is how to give it by hand.
+    """
+    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.is_file() and rank() == 0:
+        print(f"fetching {url}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=True)
+        except (OSError, RuntimeError) as error:                # no network, no such file, another length
+            raise UserError(f"cannot fetch {url} ({error}): download it elsewhere and point {flag} "
+                            "at the file") from error
+    barrier()
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. The command line that all stages share
 
 
 FLAGS = {
     "data": dict(default="digits", metavar="NAME|DIR",
-                 help="digits, or a folder of class folders (default: %(default)s)"),
-    "root": dict(metavar="DIR", help="where the files are, with --data folder"),
+                 help=f"digits, {', '.join(SUBSETS)}, or a folder of class folders (default: %(default)s)"),
+    "root": dict(metavar="DIR", help="where the files are: of ImageNet, or with --data folder"),
     "recipe": dict(choices=sorted(RECIPES), help="borrow another data set's recipe"),
     "validation": dict(action="store_true",
                        help="put the test split away and test on a fifth of the training split: "
@@ -370,6 +644,14 @@ FLAGS = {
     "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
     "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
     "overwrite": dict(action="store_true", help="replace what other settings made"),
+    "skip-broken": dict(action="store_true", help="leave out images that cannot be read (they are named)"),
+    "vae": dict(default="ema", metavar="ema|mse|FILE",
+                help="the autoencoder, where the recipe draws latents: one of stabilityai's two, fetched "
+                     "once, or a file (default: %(default)s)"),
+    "bf16": dict(action=argparse.BooleanOptionalAction,
+                 help="bfloat16 arithmetic (default: where it is faster)"),
+    "compile": dict(action="store_true",
+                    help="torch.compile the network: slower for a minute, then faster"),
 }
 
 
@@ -417,15 +699,17 @@ def check_settings(found, wanted, path):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation")
+    add_flags(parser, "data root recipe validation skip-broken")
     args = parser.parse_args(argv)
     with one_sentence(parser):
-        name, recipe, train, test = load(args.data, args.root, args.recipe, args.validation)
-        print(f"{name} | {len(train.classes)} classes: {', '.join(train.classes[:12])}")
+        name, recipe, train, test, cut = load(args.data, args.root, args.recipe, args.validation,
+                                              args.skip_broken)
+        print(f"{name} | {cut} | {len(train.classes)} classes: {', '.join(train.classes[:12])}")
         for part, images in (("train", train), ("test", test)):
             counts = Counter(images.labels.tolist())
-            print(f"{part:5} | {tuple(images.images.shape)} {images.images.dtype} | "
-                  f"{min(counts.values())} to {max(counts.values())} images a class")
+            what = f"files, read at {images.size} px" if isinstance(images, ImageFiles) else \
+                f"{tuple(images.images.shape)} {images.images.dtype}"
+            print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
         print(f"-> python diffusion.py{same_data(args, '--recipe')}")

@@ -4,13 +4,16 @@
     L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to name the noise it sees
 
     python diffusion.py        # 1,257 digits, 1.3M parameters: 4.5 minutes on two CPU cores
+    python diffusion.py --data imagewoof --weights DiT-XL-2-256x256.pt   # or takes a base published by others
 
 Writes out/digits/base.safetensors (the averaged weights, with all it takes to rebuild the network) and
 base.log.jsonl. Interrupted, it goes on where it stopped; on a CPU the final weights are the same to the bit.
-Sources: Ho et al. 2020 (DDPM), Peebles & Xie 2023 (DiT), Xie et al. 2023 (DiffFit).
+Under torchrun the batch is divided over the processes.
+Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Peebles & Xie 2023 (DiT),
+Xie et al. 2023 (DiffFit).
 """
+import argparse
 import functools
-import hashlib
 import io
 import json
 import math
@@ -21,14 +24,19 @@ from typing import NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (UserError, add_flags, check_settings, command, device_named, load, new_parser,
-                  one_sentence, replacing, same_data, to_float)
+from data import (RECIPES, UserError, add_flags, barrier, check_settings, command, data_print, device_named,
+                  fetch, fingerprint, gains_from_bf16, imagenet_classes, load, many_processes, new_parser,
+                  one_sentence, rank, replacing, same_data, world)
+from vae import prepared
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule and the forward process
@@ -40,6 +48,8 @@ class Schedule:
     abar: (T,) float64 on the CPU, from 0.9999 (t = 0, one step of noise) down to 4e-5 (t = 999, all noise).
     Our t is Ho et al.'s t - 1; x_0 in equations is the clean image.
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
+    reverse: (4, T) float32 on `device`, what `posterior` says of each step t -> t - 1, variance and beta as
+    logarithms; the variance of t = 0 is zero and takes that of t = 1 in its place.
     """
     T = 1000
 
@@ -47,6 +57,9 @@ class Schedule:
         self.abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, self.T, dtype=torch.float64), dim=0)
         self.signal = self.abar.sqrt().float().to(device)
         self.noise = (1 - self.abar).sqrt().float().to(device)
+        a, b, variance, beta = posterior(self.abar, F.pad(self.abar[:-1], (1, 0), value=1.0))
+        variance[0] = variance[1]
+        self.reverse = torch.stack([a, b, variance.log(), beta.log()]).float().to(device)
 
     def at(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
@@ -66,6 +79,24 @@ class Schedule:
         """The inverse of q_sample for eps: (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
         signal, noise = self.at(t)
         return (xt - signal * x0) / noise
+
+
+def posterior(abar, abar_prev):
+    """q(x_prev | x_t, x_0) = N(a x_0 + b x_t, variance), for any earlier time (Ho et al. 2020, eq. 6, 7).
+
+    abar, abar_prev: floats or float64 tensors, abar < abar_prev <= 1. Returns a, b, variance and beta, the
+    variance of the forward step between the two.
+    """
+    beta = 1 - abar / abar_prev
+    a = beta * abar_prev**0.5 / (1 - abar)
+    b = (1 - abar_prev) * (1 - beta)**0.5 / (1 - abar)
+    return a, b, beta * (1 - abar_prev) / (1 - abar), beta
+
+
+def learned_log_variance(logits, log_variance, log_beta):
+    """Linear in logits, not clamped: the posterior's at -1, beta's at +1 (Nichol & Dhariwal 2021, eq. 15)."""
+    share = (logits + 1) / 2
+    return share * log_beta + (1 - share) * log_variance
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -113,7 +144,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(torch.cat(sincos(t, 256), dim=1))
+        waves = torch.cat(sincos(t, 256), dim=1)                # (B, 256), in float32: bfloat16 has no 999
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -187,7 +219,10 @@ class DiT(nn.Module):
 
     With `learned_variance` the output has 2C channels: eps, then the variance logits. With `difffit` the
     first 14 blocks carry the scale factors (gammas) that DiffFit tunes; they start at 1 and change nothing.
+    The weights may be bfloat16; x and t stay float32. `recompute` trades time for memory in training: each
+    block forgets what is inside it, and works it out again on the way back.
     """
+    recompute = False
 
     def __init__(self, network, size, patch, channels, classes, learned_variance=False, difffit=False):
         super().__init__()
@@ -216,10 +251,10 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y):
-        x = self.x_embedder(x) + self.pos_embed                             # (B, N, D)
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed      # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
-        for block in self.blocks:
-            x = block(x, c)                                                 # (B, N, D)
+        for block in self.blocks:                                           # (B, N, D)
+            x = checkpoint(block, x, c, use_reentrant=False) if self.recompute else block(x, c)
         x = self.final_layer(x, c)                                          # (B, N, p * p * out)
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 
@@ -246,12 +281,45 @@ def denoising_loss(model, schedule, x0, y, t, eps):
     """mean_{C,H,W} (eps - eps_hat)^2 per image (Ho et al. 2020, eq. 14), and the one-step guess at x0.
 
     x0, eps (B, C, H, W); y (B,) label rows; t (B,) int64 in 0..999. x0_hat is neither clipped nor detached:
-    the min-max losses send their gradient through it.
+    the min-max losses send their gradient through it. Where the model learns its variance, the variational
+    bound is added with weight 1, as DiT was trained; only the variance feels it.
     """
     xt = schedule.q_sample(x0, t, eps)
-    eps_hat = model(xt, t.float(), y)[:, :x0.shape[1]]                      # without variance logits
+    out = model(xt, t.float(), y)
+    eps_hat, logits = out[:, :x0.shape[1]], out[:, x0.shape[1]:]            # (B, C, H, W); or no logits
     loss = (eps - eps_hat).pow(2).mean(dim=(1, 2, 3))                       # (B,)
+    if logits.shape[1]:
+        loss = loss + variational_bound(schedule, x0, xt, t, eps_hat.detach(), logits)
     return Denoised(loss, xt, eps_hat, schedule.x0_from_eps(xt, t, eps_hat))
+
+
+def variational_bound(schedule, x0, xt, t, eps_hat, logits):
+    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), at t = 0 -log p(x_0 | x_1): bits a dimension, (B,).
+
+    Nichol & Dhariwal 2021, eq. 4 to 6 and 16. DiT takes the bins of 8-bit pixels at t = 0 for latents, too,
+    where they mean nothing; kept, since the published weights were made with it.
+    """
+    a, b, log_variance, log_beta = schedule.reverse[:, t].view(4, -1, 1, 1, 1)  # 4 of (B, 1, 1, 1)
+    mean = a * schedule.x0_from_eps(xt, t, eps_hat) + b * xt
+    learned = learned_log_variance(logits, log_variance, log_beta)
+    bound = torch.where((t == 0).view(-1, 1, 1, 1), discretised_nll(x0, mean, learned),
+                        gaussian_kl(a * x0 + b * xt, log_variance, mean, learned))
+    return bound.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def gaussian_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
+    ratio = log_variance1 - log_variance2
+    return 0.5 * (ratio.exp() - 1 - ratio + (mean1 - mean2).pow(2) * torch.exp(-log_variance2))
+
+
+def discretised_nll(x, mean, log_variance):
+    """-log of the mass that N(mean, variance) has in x's bin of width 2/255, the outer bins open; in nats."""
+    def below(edge):
+        return torch.special.ndtr((edge - mean) * torch.exp(-0.5 * log_variance))
+    left = torch.where(x < -0.999, 0.0, below(x - 1 / 255))
+    right = torch.where(x > 0.999, 1.0, below(x + 1 / 255))
+    return -(right - left).clamp(min=1e-12).log()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -271,15 +339,6 @@ def ema_update(average, weights, decay):
 
 # ----------------------------------------------------------------------------------------------------
 # 5. Checkpoints: one .safetensors file, tensors and a JSON header
-
-
-def fingerprint(tensors):
-    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_state(path, state):
@@ -335,24 +394,103 @@ def load_model(path, device="cpu"):
         if read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
             raise UserError(f"{base} is another base model than the one {path} was tuned from")
         tensors = {**load_tensors(base), **tensors}
-    model = DiT(**header["config"])
-    load_strictly(model, tensors, path)
-    return model.to(device).eval(), header
+    return rebuild(header["config"], tensors, path).to(device).eval(), header
 
 
-def load_strictly(model, tensors, path):
-    """Loads {name: tensor} strictly; only DiffFit's gammas may be missing (they start at 1)."""
+def rebuild(config, tensors, path):
+    """The DiT of `config` with {name: tensor} for weights; only DiffFit's gammas may be missing (they are 1).
+
+    Raises UserError, naming `path` and the tensor, where anything else is missing, extra or of another shape.
+    """
+    with torch.device("meta"):                                  # shapes alone: 675M initial weights cost time
+        model = DiT(**config)
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in tensors and "gamma" not in name]
-    wrong = [name for name in tensors if name not in wanted or tensors[name].shape != wanted[name].shape]
-    if missing or wrong:
-        raise UserError(f"{path} does not fit this network: {(missing + wrong)[0]} is missing, unexpected "
+    gammas = {name: torch.ones(wanted[name].shape) for name in wanted
+              if "gamma" in name and name not in tensors}
+    tensors = {**gammas, **tensors}
+    wrong = [name for name in {**wanted, **tensors} if name not in wanted or name not in tensors
+             or tensors[name].shape != wanted[name].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit this network: {wrong[0]} is missing, unexpected "
                         "or of another shape")
-    model.load_state_dict({**wanted, **tensors})
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def rows_of(header, classes, path):
+    """The label-table rows (K + 1,) of `classes`, found by name in a checkpoint's header, "no class" last."""
+    strange = [name for name in classes if name not in header["classes"]]
+    if strange:
+        raise UserError(f"{path} knows the {len(header['classes'])} classes of {header['data']}, "
+                        f"but not {strange[0]}")
+    position = {name: row for name, row in zip(header["classes"], header["rows"], strict=False)}
+    return [*(position[name] for name in classes), header["rows"][-1]]
 
 
 # ----------------------------------------------------------------------------------------------------
-# 6. The training loop, for the base model and for fine-tuning
+# 6. Weights that others published: DiT's own (CC BY-NC 4.0), or a checkpoint of DiT's training script
+
+PUBLISHED = "https://dl.fbaipublicfiles.com/DiT/models/{}.pt"
+
+
+def read_published(path):
+    """A .pt file of DiT's layout -> ({name: tensor}, config). Of a training checkpoint the averaged weights.
+
+    The size is read off the shapes. Raises UserError where the file is no such thing.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = state.get("ema", state)
+        patches, table = tensors["x_embedder.proj.weight"], tensors["y_embedder.embedding_table.weight"]
+        width, channels, patch, _ = patches.shape
+        tokens, outputs = tensors["pos_embed"].shape[1], len(tensors["final_layer.linear.weight"])
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+        network = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
+    except Exception as error:                                  # a damaged pickle may raise anything
+        raise UserError(f"{path} holds no DiT weights as they are published ({type(error).__name__}: "
+                        f"{str(error)[:80]})") from error
+    return tensors, {"network": network, "size": patch * math.isqrt(tokens), "patch": patch,
+                     "channels": channels, "classes": len(table) - 1,
+                     "learned_variance": outputs == 2 * channels * patch**2}
+
+
+def published_base(recipe):
+    """Where a recipe's published weights lie, once they are a checkpoint of ours: all data sets share it."""
+    return pathlib.Path("out", recipe.weights, "base.safetensors")
+
+
+def import_weights(recipe, file, typed, overwrite=False):
+    """Writes published weights as a base checkpoint of ImageNet's 1,000 classes; returns its path.
+
+    file: the .pt; None fetches it once. Raises UserError where its size is not the recipe's.
+    """
+    path = published_base(recipe)
+    settings = {"weights": recipe.weights, "file": pathlib.Path(file).name if file else None}
+    if finished(path, settings, overwrite):
+        return path
+    file = file or fetch(PUBLISHED.format(recipe.weights), f"{recipe.weights}.pt",
+                         "python diffusion.py --weights")
+    tensors, config = read_published(file)
+    wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
+    other = [f"{key} {config[key]}, not {wanted[key]}" for key in wanted if config[key] != wanted[key]]
+    if other:
+        raise UserError(f"{file} is of another size than the recipe {recipe.weights} ({', '.join(other)}): "
+                        "choose another --recipe")
+    rebuild(config, tensors, file)                              # refuses what does not fit
+    header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
+              "cut": "published weights", "classes": imagenet_classes(), "phase": [0, 999],
+              "rows": list(range(1001)), "guidance": recipe.guidance, "settings": settings, "command": typed,
+              "step": 0}
+    if rank() == 0:
+        save_checkpoint(path, tensors, header)
+    barrier()
+    print(f"{file} -> {path}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------
+# 7. The training loop, for the base model and for fine-tuning
 
 
 @functools.lru_cache(maxsize=2)
@@ -372,17 +510,15 @@ def batch_index(n, batch, step, seed):
 def draw(train, batch, step, seed, flip, rows):
     """All that is random in a training step, as a function of (seed, step): nothing to save or restore.
 
-    train: ImageSet on the device. rows: (K + 1,) label-table rows of the classes, "no class" last.
-    Returns x0 (B, C, H, W) in [-1, 1], labels (B,), y (B,) rows of which one in ten says "no class",
+    train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table rows of the classes, "no class"
+    last. Returns x0 (B, C, H, W) in [-1, 1], labels (B,), y (B,) rows of which one in ten says "no class",
     t (B,) in 0..999, eps (B, C, H, W).
     """
-    device = train.images.device
+    device = train.labels.device
     chance = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**32)
     index = batch_index(len(train.labels), batch, step, seed).to(device)
-    x0, labels = to_float(train.images[index]), train.labels[index]
-    if flip:
-        mirrored = torch.rand(batch, generator=chance, device=device) < 0.5
-        x0 = torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(3), x0)
+    mirrored = torch.rand(batch, generator=chance, device=device) < 0.5 if flip else None
+    x0, labels = train.examples(index, mirrored, chance), train.labels[index]
     dropped = torch.rand(batch, generator=chance, device=device) < 0.1
     y = torch.where(dropped, rows[-1], rows[labels])
     t = torch.randint(Schedule.T, (batch,), generator=chance, device=device)
@@ -396,9 +532,12 @@ class Plan(NamedTuple):
     batch: int
     lr: float                 # AdamW, no weight decay
     decay: bool               # True: warm-up, then half a cosine to zero; False: constant, as in Gu et al.
+    beta2: float              # of AdamW; short runs want 0.99, that the second moment catches up with them
     ema: float
+    warm: bool                # whether the average warms up
     seed: int
     flip: bool
+    bf16: bool                # bfloat16 products under autocast; the weights that are trained stay float32
 
     def lr_at(self, step):
         """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
@@ -412,25 +551,38 @@ class Plan(NamedTuple):
 class Trainer:
     """The weights that require a gradient, their average, the optimizer: all that a training step changes.
 
-    train: ImageSet on the device. rows: (K + 1,) label-table row of each class, "no class" last.
-    extra: None, or the min-max losses, extra(denoised, x0, labels) -> (scalar to add to L_diff,
-    {name: number}), with a state of its own.
+    train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table row of each class, "no class"
+    last. extra: None, or the min-max losses, extra(denoised, x0, labels) -> (scalar to add to L_diff,
+    {name: number}), with a state of its own. Of many processes each works on its share of the batch.
+    Raises UserError where the batch does not divide.
     """
 
     def __init__(self, model, train, rows, plan, extra=None):
+        if plan.batch % world():
+            raise UserError(f"a batch of {plan.batch} does not divide over {world()} processes")
         self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
-        self.schedule = Schedule(train.images.device)
+        self.schedule = Schedule(train.labels.device)
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
-        # beta2 = 0.99 rather than 0.999: these runs are short, and the second moment must catch up with them
-        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, 0.99),
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, plan.beta2),
                                            weight_decay=0.0, fused=True)
+        if plan.bf16:                                           # what autocast would do in every step anyway
+            for p in model.parameters():
+                if not p.requires_grad and p is not model.pos_embed:
+                    p.data = p.data.bfloat16()
+        self.network = model if world() == 1 else DistributedDataParallel(model)
+
+    def predict(self, x, t, y):
+        """The network on float32 images, its answer float32, whatever the arithmetic between."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.plan.bf16):
+            return self.network(x, t, y).float()
 
     def step(self, step):
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
-        plan = self.plan
-        x0, labels, y, t, eps = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
-        denoised = denoising_loss(self.model, self.schedule, x0, y, t, eps)
+        plan, share = self.plan, self.plan.batch // world()
+        drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
+        x0, labels, y, t, eps = (part[rank() * share:][:share] for part in drawn)
+        denoised = denoising_loss(self.predict, self.schedule, x0, y, t, eps)
         total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
         if self.extra is not None:
             added, terms = self.extra(denoised, x0, labels)
@@ -440,7 +592,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
-        ema_update(self.average, self.tuned, ema_decay(step, plan.ema))
+        ema_update(self.average, self.tuned, ema_decay(step, plan.ema) if plan.warm else plan.ema)
         return report
 
     def state_dict(self):
@@ -482,7 +634,8 @@ def fit(trainer, path, header, overwrite=False):
     line_every = max(1, plan.steps // 10)
     saved, save_cost = time.monotonic(), 0.0
     began = saved - seconds
-    with tqdm(total=plan.steps, initial=start, disable=None, leave=False, unit="step") as bar:
+    quiet = True if rank() else None                            # None: a bar on terminals only
+    with tqdm(total=plan.steps, initial=start, disable=quiet, leave=False, unit="step") as bar:
         for step in range(start, plan.steps):
             for name, value in trainer.step(step).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -492,6 +645,8 @@ def fit(trainer, path, header, overwrite=False):
             save_due = now - saved > max(SAVE_EVERY, 20 * save_cost) and done < plan.steps
             if not line_due and not save_due:
                 continue
+            if line_due and world() > 1:
+                sums = mean_of_processes(sums)
             if not all(math.isfinite(float(value)) for value in sums.values()):
                 resume.unlink(missing_ok=True)
                 raise UserError("the loss is not finite between steps "
@@ -507,32 +662,38 @@ def fit(trainer, path, header, overwrite=False):
                           + " | ".join(f"{name} {float(value) / count:.4f}" for name, value in sums.items())
                           + f" | {speed:.1f} it/s | eta {(plan.steps - done) / speed:.0f}s")
                 sums = {}
-                with replacing(path.with_suffix(".log.jsonl")) as temporary:
-                    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
-            if save_due:
+                if rank() == 0:
+                    with replacing(path.with_suffix(".log.jsonl")) as temporary:
+                        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            if save_due and rank() == 0:
                 save_state(resume, {"step": done, "seconds": now - began, "settings": header["settings"],
                                     "sums": sums, "log": log, "trainer": trainer.state_dict()})
                 saved = time.monotonic()
                 save_cost = saved - now
-    kept = trainer.average if "base" in header else {**trainer.model.state_dict(), **trainer.average}
-    save_checkpoint(path, kept, {**header, "step": plan.steps})
-    resume.unlink(missing_ok=True)
+    if rank() == 0:
+        kept = trainer.average if "base" in header else {**trainer.model.state_dict(), **trainer.average}
+        save_checkpoint(path, kept, {**header, "step": plan.steps})
+        resume.unlink(missing_ok=True)
+    barrier()                                                   # nobody looks for the file before it is there
+
+
+def mean_of_processes(sums):
+    """{name: scalar tensor} -> the same, averaged over all processes."""
+    values = torch.stack(list(sums.values()))
+    dist.all_reduce(values)
+    return dict(zip(sums, values / world(), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------
-# 7. The base model
+# 8. The base model
 
 
 def new_header(data, config, settings, typed):
     """What every checkpoint says of itself: how to rebuild the network, and where it came from."""
     rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
-    return {"config": config, "schedule": "linear", "data": data.name, "classes": data.train.classes,
-            "rows": rows, "guidance": data.recipe.guidance, "settings": settings, "command": typed}
-
-
-def data_print(train):
-    """A fingerprint of the images, their labels and the class names: other pictures are other settings."""
-    return fingerprint({"images": train.images, "labels": train.labels}) + " " + " ".join(train.classes)[:60]
+    return {"config": config, "schedule": "linear", "latents": data.recipe.latents, "data": data.name,
+            "cut": data.cut, "classes": data.train.classes, "phase": [0, len(rows) - 2], "rows": rows,
+            "guidance": data.recipe.guidance, "settings": settings, "command": typed}
 
 
 def finished(path, settings, overwrite):
@@ -548,40 +709,61 @@ def finished(path, settings, overwrite):
     return found == settings
 
 
-def train_base(data, path, *, steps, seed, device, overwrite, typed):
+def chosen_bf16(asked, device, network):
+    """Whether to work in bfloat16: as asked, or where it is faster, which small networks are not."""
+    return gains_from_bf16(device) and SIZES[network][1] >= 192 if asked is None else asked
+
+
+def train_base(data, path, *, steps, seed, device, vae="ema", bf16=None, compiled=False, skip_broken=False,
+               overwrite=False, typed):
     """Trains the base model of `data` (a Data) by its recipe and writes it to `path`."""
-    recipe, train = data.recipe, data.train
+    recipe, classes = data.recipe, data.train.classes
     config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
-              "channels": recipe.channels, "classes": len(train.classes)}
-    plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
-                flip=recipe.flip)
-    settings = {**config, **plan._asdict(), "data": data_print(train)}
+              "channels": recipe.channels, "classes": len(classes)}
+    plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, beta2=.99, ema=recipe.ema,
+                warm=True, seed=seed, flip=recipe.flip, bf16=chosen_bf16(bf16, device, recipe.network))
+    settings = {**config, **plan._asdict(), "data": data_print(data.train)}
     if finished(path, settings, overwrite):
         return
+    train = prepared(data, path.parent, vae, device, skip_broken, overwrite)
     torch.manual_seed(seed)                                     # the initial weights
     model = DiT(**config).to(device)
     header = new_header(data, config, settings, typed)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"base model | {data.name} | device {device} | {parameters / 1e6:.2f}M parameters | "
-          f"{len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
+    print(f"base model | {data.name} | device {device}{' bf16' * plan.bf16} | {parameters / 1e6:.2f}M "
+          f"parameters | {len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
+    if compiled:
+        model.compile()
     rows = torch.tensor(header["rows"], device=device)
-    fit(Trainer(model, train.to(device), rows, plan), path, header, overwrite)
+    fit(Trainer(model, train, rows, plan), path, header, overwrite)
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation out seed device overwrite")
+    add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier "
                                                   "(default: the recipe's)")
+    parser.add_argument("--weights", nargs="?", const="", metavar="FILE",
+                        help="train nothing: take a published DiT-XL-2-256x256.pt or -512x512.pt as the base "
+                             "of all ImageNet subsets; without FILE it is fetched (as minimax.py does)")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
-        data = load(args.data, args.root, args.recipe, args.validation)
+    with one_sentence(parser), many_processes():
+        typed = command(__file__, argv)
+        if args.weights is not None:
+            recipe = RECIPES[args.recipe or "imagenet"]
+            if not recipe.weights:
+                raise UserError(f"the recipe {args.recipe} has no published weights")
+            import_weights(recipe, args.weights, typed, args.overwrite)
+            print(f"-> python minimax.py{same_data(args, '--recipe')}")
+            return
+        data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         steps = data.recipe.steps if args.steps is None else args.steps
         if steps < 1:
             raise UserError(f"--steps must be at least 1, not {steps}")
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
-        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
-                   overwrite=args.overwrite, typed=command(__file__, argv))
+        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device), vae=args.vae,
+                   bf16=args.bf16, compiled=args.compile, skip_broken=args.skip_broken,
+                   overwrite=args.overwrite, typed=typed)
         print(f"{path} -> python minimax.py{same_data(args, '--recipe', '--out')}"
               + (f" --base {path}" if args.out else ""))
 

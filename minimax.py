@@ -5,22 +5,28 @@
     L   = L_diff + lambda_r L_r + lambda_d L_d                    Gu et al. 2024, eq. 3 to 5; Fan et al. 2025
 
     python minimax.py          # 22 s on two CPU cores; the first time 5 minutes, base model included
+    python minimax.py --data imagewoof --root /data/imagenet        # Gu et al. 2024, from DiT-XL/2's weights
+    torchrun --nproc-per-node=4 minimax.py ...                      # the batch divided over four GPUs
 
 z_hat is the one-step guess at the clean image. The min picks the least similar (guess, real image) pair of a
 class, the max the most similar (guess, earlier guess) pair, over the class's whole batch as in the authors'
-code: one pair per class and step feels each term. Makes the base model first
-when there is none. Writes out/digits/minimax.safetensors: only what was tuned, to be laid over its base.
+code: one pair per class and step feels each term. Makes the base model, or fetches it, first when there is
+none. Writes out/digits/minimax.safetensors: only what was tuned, to be laid over its base; with --phases one
+such file for each group of classes, minimax-0-19.safetensors and so on.
 """
 import os
 import pathlib
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import UserError, add_flags, command, device_named, load, new_parser, one_sentence, same_data
-from diffusion import (DiT, Plan, Trainer, data_print, difffit_parameters, finished, fit, load_strictly,
-                       load_tensors, new_header, read_header, train_base)
+from data import (UserError, add_flags, command, data_print, device_named, imagenet_classes, load,
+                  many_processes, new_parser, one_sentence, same_data, world)
+from diffusion import (Plan, Trainer, chosen_bf16, difffit_parameters, finished, fit, import_weights,
+                       load_tensors, new_header, published_base, read_header, rebuild, rows_of, train_base)
 from memory import Memory, policies
+from vae import prepared
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The two criteria, and what Gu et al. compare them with
@@ -78,19 +84,24 @@ class MinMax:
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
         l_r = l_d = torch.zeros((), device=z.device)
-        present = labels.unique().tolist()
-        for c in present:
-            mine, theirs = z[labels == c], real[labels == c]                # (n, D)
+        present = of_each_class(labels)
+        for c, index in present.items():
+            mine, theirs = z[index], real[index]                            # (n, D)
             if self.naive:
                 l_r = l_r + naive_representativeness(mine, theirs)
             elif self.real.get(c) is not None:
                 l_r = l_r + representativeness(mine, self.real.get(c))
             if self.generated.get(c) is not None:
                 l_d = l_d + (naive_diversity if self.naive else diversity)(mine, self.generated.get(c))
-            self.real.push(c, theirs)
-            self.generated.push(c, mine)
         l_r, l_d = l_r / len(present), l_d / len(present)
+        self.remember(gathered(real), gathered(z), gathered(labels))
         return self.lambda_r * l_r + self.lambda_d * l_d, {"repr": l_r.detach(), "div": l_d.detach()}
+
+    def remember(self, real, z, labels):
+        """Pushes real images and guesses (B, D) of the labels (B,): of the whole batch, on every process."""
+        for c, index in of_each_class(labels).items():
+            self.real.push(c, real[index])
+            self.generated.push(c, z[index])
 
     def state_dict(self):
         return {"real": self.real.state_dict(), "generated": self.generated.state_dict()}
@@ -100,6 +111,22 @@ class MinMax:
         self.generated.load_state_dict(state["generated"])
 
 
+def of_each_class(labels):
+    """{class in the batch: its positions} for labels (B,); they come to the CPU once, not once a class."""
+    listed = labels.tolist()
+    return {c: torch.tensor([i for i, label in enumerate(listed) if label == c], device=labels.device)
+            for c in sorted(set(listed))}
+
+
+def gathered(x):
+    """x (B / processes, ...) of every process, in the order of their ranks, detached: (B, ...)."""
+    if world() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
 # ----------------------------------------------------------------------------------------------------
 # 3. The driver
 
@@ -107,8 +134,7 @@ class MinMax:
 def tuned_model(base, header, tune, device):
     """The base model at `base` with only what is to be tuned requiring gradients: (DiT, its config)."""
     config = {**header["config"], "difffit": tune == "difffit"}
-    model = DiT(**config)
-    load_strictly(model, load_tensors(base), base)
+    model = rebuild(config, load_tensors(base), base)
     if tune == "difffit":
         names = set(difffit_parameters(model))
         for name, parameter in model.named_parameters():
@@ -116,26 +142,82 @@ def tuned_model(base, header, tune, device):
     return model.to(device), config
 
 
+def class_ranges(args, K):
+    """The (first, last) class of each model to be tuned: all in one, --classes A-B, or --phases of N."""
+    if args.classes is not None and args.phases is not None:
+        raise UserError("--classes makes one phase and --phases all of them: choose one")
+    if args.phases is not None:
+        if args.phases < 1:
+            raise UserError(f"--phases must be at least 1 class, not {args.phases}")
+        return [(first, min(first + args.phases, K) - 1) for first in range(0, K, args.phases)]
+    if args.classes is None:
+        return [(0, K - 1)]
+    first, _, last = args.classes.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < K):
+        raise UserError(f"--classes {args.classes} is no range A-B within 0-{K - 1}")
+    return [(int(first), int(last))]
+
+
 def checked(args, recipe):
     """Fills the recipe's numbers in where none were given, and refuses those that make no sense."""
-    steps = recipe.tune_steps if args.steps is None else args.steps
+    batch = recipe.tune_batch if args.batch is None else args.batch
     lambda_r = recipe.lambda_r if args.lambda_r is None else args.lambda_r
     lambda_d = recipe.lambda_d if args.lambda_d is None else args.lambda_d
-    if steps < 1 or args.slots < 1:
-        raise UserError(f"--steps and --slots must be at least 1, not {steps} and {args.slots}")
+    if args.steps is not None and args.steps < 1 or args.slots < 1 or batch < 1:
+        raise UserError(f"--steps, --slots and --batch must be at least 1, not {args.steps}, {args.slots} "
+                        f"and {batch}")
     if not (0 <= lambda_r < float("inf") and 0 <= lambda_d < float("inf")):
         raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
                         f"and are {lambda_r} and {lambda_d}")
-    return steps, lambda_r, lambda_d
+    return batch, lambda_r, lambda_d
+
+
+def base_of(args, data, home, device, typed):
+    """Where the base model lies; makes it, or takes the published weights, where there is none."""
+    path, recipe = args.base or home / "base.safetensors", data.recipe
+    if path.is_file():
+        return path
+    if args.base:
+        raise UserError(f"there is no {path}: python diffusion.py makes a base model")
+    if recipe.weights:
+        strange = sorted(set(data.train.classes) - set(imagenet_classes()))
+        if strange:
+            raise UserError(f"the published weights do not know the class {strange[0]}: train a base model, "
+                            f"python diffusion.py{same_data(args, '--recipe')}")
+        if not published_base(recipe).is_file():
+            import_weights(recipe, None, typed, args.overwrite)
+        return published_base(recipe)
+    print(f"no {path} yet: making it first, once")
+    train_base(data, path, steps=recipe.steps, seed=args.seed, device=device, vae=args.vae, bf16=args.bf16,
+               compiled=args.compile, skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed)
+    return path
+
+
+def check_base(header, base, data):
+    """Refuses a base model that is none, or of other classes or sizes. Returns the classes' rows (K + 1,)."""
+    recipe, config = data.recipe, header["config"]
+    if "base" in header:
+        raise UserError(f"{base} is fine-tuned already: start from a base model")
+    classes = data.train.classes
+    if header["data"] != "imagenet" and (header["data"], header["classes"]) != (data.name, classes):
+        raise UserError(f"{base} is of the data set {header['data']} with {len(header['classes'])} classes, "
+                        f"not of {data.name} with {len(classes)}")
+    drawn = config["size"], config["channels"], header["latents"]
+    if drawn != (recipe.size, recipe.channels, recipe.latents):
+        raise UserError(f"{base} draws {config['channels']} x {config['size']} "
+                        f"{'latents' if header['latents'] else 'pixels'}, but the recipe has "
+                        f"{recipe.channels} x {recipe.size} {'latents' if recipe.latents else 'pixels'}")
+    return rows_of(header, classes, base)
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation out seed device overwrite")
+    add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--base", type=pathlib.Path, metavar="FILE",
-                        help="what to start from (default: out/NAME/base.safetensors; made with this "
-                             "--seed if there is none)")
+                        help="what to start from (default: out/NAME/base.safetensors, made with this --seed "
+                             "if there is none; for ImageNet the published weights, fetched)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--batch", type=int, help="images a step, of all processes (default: the recipe's)")
     parser.add_argument("--lambda-r", type=float, help="weight of representativeness (default: the recipe's)")
     parser.add_argument("--lambda-d", type=float, help="weight of diversity (default: the recipe's)")
     parser.add_argument("--memory", default="fifo", metavar="fifo|adaptive|REAL,GENERATED",
@@ -147,54 +229,69 @@ def main(argv=None):
     parser.add_argument("--naive", action="store_true", help="means in place of min and max, for comparison")
     parser.add_argument("--tune", choices=("difffit", "all"), default="difffit",
                         help="biases, gammas and labels only, or every weight (default: %(default)s)")
+    parser.add_argument("--classes", metavar="A-B",
+                        help="tune on these classes alone, counted from 0: one phase of a large data set")
+    parser.add_argument("--phases", type=int, metavar="N",
+                        help="one model for every N classes, one after the other; Gu et al. take 20 for "
+                             "ImageNet-100 and -1K")
+    parser.add_argument("--recompute", action="store_true",
+                        help="less memory, a third slower: work blocks out again on the way back")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with one_sentence(parser), many_processes():
         run(args, command(__file__, argv))
 
 
 def run(args, typed):
     """Everything after the command line was read."""
-    data, device = load(args.data, args.root, args.recipe, args.validation), device_named(args.device)
-    recipe, home = data.recipe, pathlib.Path("out", data.name)
-    steps, lambda_r, lambda_d = checked(args, recipe)
-    memory = policies(args.memory)
-    base, path = args.base or home / "base.safetensors", (args.out or home) / "minimax.safetensors"
-    if not base.is_file():
-        if args.base:
-            raise UserError(f"there is no {base}: python diffusion.py makes a base model")
-        print(f"no {base} yet: making it first, once")
-        train_base(data, base, steps=recipe.steps, seed=args.seed, device=device,
-                   overwrite=args.overwrite, typed=typed)
-    header = read_header(base)
-    if "base" in header:
-        raise UserError(f"{base} is fine-tuned already: start from a base model")
-    if header["classes"] != data.train.classes or header["data"] != data.name:
-        raise UserError(f"{base} is of the data set {header['data']} with {len(header['classes'])} classes, "
-                        f"not of {data.name} with {len(data.train.classes)}")
-    if header["config"]["size"] != recipe.size or header["config"]["channels"] != recipe.channels:
-        raise UserError(f"{base} draws {header['config']['channels']} x {header['config']['size']} pixels, "
-                        f"but the recipe has {recipe.channels} x {recipe.size}")
-    plan = Plan(steps=steps, batch=recipe.tune_batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
-                seed=args.seed, flip=recipe.flip)
-    settings = {**plan._asdict(), "data": data_print(data.train), "base": header["fingerprint"],
-                "lambda_r": lambda_r, "lambda_d": lambda_d,
-                "memory": list(memory), "slots": args.slots, "z_hat": args.z_hat, "naive": args.naive,
-                "tune": args.tune}
+    data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+    device, home, K = device_named(args.device), pathlib.Path("out", data.name), len(data.train.classes)
+    checked(args, data.recipe), policies(args.memory)           # before anything takes time
+    ranges = class_ranges(args, K)
+    base = base_of(args, data, home, device, typed)
+    check_base(read_header(base), base, data)
+    for first, last in ranges:
+        name = "minimax" if (first, last) == (0, K - 1) else f"minimax-{first}-{last}"
+        path = (args.out or home) / f"{name}.safetensors"
+        tune_phase(args, data, (first, last), base, path, device, typed)
+    print(f"saved {path} -> python sample.py --steps 10{same_data(args, '--out')}"
+          + (f" --checkpoint {path.parent if args.phases else path}" if args.out or args.classes else ""))
+
+
+def tune_phase(args, data, phase, base, path, device, typed):
+    """Fine-tunes on the classes from phase[0] to phase[1] and writes `path`."""
+    recipe, header = data.recipe, read_header(base)
+    batch, lambda_r, lambda_d = checked(args, recipe)
+    memory, classes = policies(args.memory), data.train.classes
+    train = data.train.pick((phase[0] <= data.train.labels) & (data.train.labels <= phase[1]))
+    steps = args.steps or recipe.tune_steps or recipe.tune_epochs * (len(train.labels) // batch)
+    if steps < 1:
+        raise UserError(f"{len(train.labels)} images make no batch of {batch}: lower --batch")
+    plan = Plan(steps=steps, batch=batch, lr=recipe.tune_lr, decay=False, beta2=recipe.tune_beta2,
+                ema=recipe.tune_ema, warm=recipe.tune_warm, seed=args.seed, flip=recipe.flip,
+                bf16=chosen_bf16(args.bf16, device, header["config"]["network"]))
+    settings = {**plan._asdict(), "data": data_print(train), "base": header["fingerprint"],
+                "lambda_r": lambda_r, "lambda_d": lambda_d, "memory": list(memory), "slots": args.slots,
+                "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune}
     if finished(path, settings, args.overwrite):
         return
+    train = prepared(data._replace(train=train), path.parent, args.vae, device, args.skip_broken,
+                     args.overwrite)
     model, config = tuned_model(base, header, args.tune, device)
+    model.recompute = args.recompute
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"min-max | {data.name} | device {device} | {tuned:,} of {parameters:,} parameters tuned | "
-          f"{steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
+    print(f"min-max | {data.name}, {data.cut} | classes {phase[0]}-{phase[1]} | "
+          f"device {device}{' bf16' * plan.bf16} x {world()} | {tuned:,} of {parameters:,} parameters tuned"
+          f" | {steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
           f"memory {','.join(memory)} x {args.slots} | seed {args.seed}")
+    if args.compile:
+        model.compile()
+    rows = rows_of(header, classes, base)
     losses = MinMax(lambda_r, lambda_d, args.slots, memory, args.z_hat, args.naive)
-    rows = torch.tensor(header["rows"], device=device)
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
-    fit(Trainer(model, data.train.to(device), rows, plan, losses), path,
-        {**new_header(data, config, settings, typed), "rows": header["rows"], "base": origin}, args.overwrite)
-    print(f"saved {path} -> python sample.py --steps 10{same_data(args, '--out')}"
-          + (f" --checkpoint {path}" if args.out else ""))
+    fit(Trainer(model, train, torch.tensor(rows, device=device), plan, losses), path,
+        {**new_header(data, config, settings, typed), "rows": rows, "phase": phase, "base": origin},
+        args.overwrite)
 
 
 if __name__ == "__main__":

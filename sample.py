@@ -5,6 +5,7 @@
 
     python sample.py --steps 10                  # 100 digits: 5 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
+    torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Writes
 out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. An image
@@ -19,30 +20,42 @@ import math
 import pathlib
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import (UserError, add_flags, check_settings, command, data_name, device_named, new_parser,
-                  one_sentence, open_image, replacing, same_data, to_uint8, write_png)
-from diffusion import Schedule, load_model
+from data import (UserError, add_flags, barrier, check_settings, class_list, command, data_name, device_named,
+                  many_processes, new_parser, one_sentence, open_image, rank, replacing, same_data, to_uint8,
+                  world, write_png)
+from diffusion import (Schedule, chosen_bf16, learned_log_variance, load_model, load_tensors, posterior,
+                       read_header, rows_of)
+from vae import decoder
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Grids: at which t the network is asked, S times of T = 1000
 
 
 def timesteps(steps, grid="uniform"):
-    """S distinct timesteps, falling; every grid starts at T - 1, where x_t is noise.
+    """S distinct timesteps, falling; all grids but stride start at T - 1, where x_t is noise.
 
-    uniform: T - 1 to 0 in equal steps (DiT's respacing). quadratic: equal in sqrt(t), denser near the image.
-    trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
-    Raises UserError where steps is outside 1..T. One step starts, and ends, at t = 999.
+    uniform: T - 1 to 0 in equal steps (DiT's respacing "S"). quadratic: equal in sqrt(t), denser near the
+    image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024). stride: every whole number
+    of steps from 0 up (DiT's "ddimS"; starts at 900 for S = 10).
+    Raises UserError where steps is outside 1..T, or where no stride makes just as many. One step starts, and
+    ends, at t = 999.
     """
     T = Schedule.T
     if not 1 <= steps <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {steps}")
+    if grid == "stride":
+        fits = [s for s in range(1, T + 1) if len(range(0, T, s)) == steps]
+        if not fits:
+            raise UserError(f"--grid stride has no whole stride that makes {steps} steps of {T}")
+        return list(range(0, T, fits[0]))[::-1]
     if steps == 1:
         return [T - 1]
     if grid == "uniform":
@@ -71,44 +84,43 @@ def ddim_step(x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
 
 
 def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
-    """Ho et al. 2020, eq. 6 and 7, with the betas of the grid: beta = 1 - abar / abar_prev.
+    """Ho et al. 2020, alg. 2, with the betas of the grid: the mean of `posterior`, and noise of its variance.
 
-    Without `logits` the variance is the posterior's; with them (B, C, H, W) its logarithm is linear between
-    the posterior's (-1) and beta's (+1), not clamped, as in DiT (Nichol & Dhariwal 2021, eq. 15).
+    With `logits` (B, C, H, W) the variance is the learned one (Nichol & Dhariwal 2021).
     """
-    beta = 1 - abar / abar_prev
-    mean = (beta * math.sqrt(abar_prev) * x0_hat + (1 - abar_prev) * math.sqrt(1 - beta) * xt) / (1 - abar)
-    variance = beta * (1 - abar_prev) / (1 - abar)
+    a, b, variance, beta = posterior(abar, abar_prev)
+    mean = a * x0_hat + b * xt
     if variance == 0:                                           # the last step
         return mean
     if logits is None:
         return mean + math.sqrt(variance) * noise
-    share = (logits + 1) / 2
-    return mean + torch.exp(0.5 * (share * math.log(beta) + (1 - share) * math.log(variance))) * noise
+    return mean + torch.exp(0.5 * learned_log_variance(logits, math.log(variance), math.log(beta))) * noise
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. From noise to image
 
 
-def guided(model, rows, null, guidance):
+def guided(model, rows, null, guidance, channels=None):
     """(x, t) -> (eps, variance logits or None), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
-    eps = eps_u + guidance (eps_c - eps_u) on all channels; both halves run as one batch. guidance is 1 +
-    their w: 1 is the conditional model, and the unconditional half is not computed. rows: (B,) label-table
-    rows; null: the row that means "no class".
+    eps = eps_u + guidance (eps_c - eps_u); both halves run as one batch. guidance is 1 + their w: 1 is the
+    conditional model, and the unconditional half is not computed. rows: (B,) label-table rows; null: the row
+    that means "no class". channels: how many of the first channels are guided, None for all. DiT's authors
+    guide 3 of 4, by an oversight that their published FID was made with; the other channels are conditional.
     """
     def predict(x, t):
-        C = x.shape[1]
+        C, time = x.shape[1], torch.full((len(x),), float(t), device=x.device)
         if guidance == 1:
-            out = model(x, torch.full((len(x),), float(t), device=x.device), rows)
+            out = model(x, time, rows).float()
             eps, logits = out[:, :C], out[:, C:]
         else:
             both = torch.cat([rows, torch.full_like(rows, null)])           # (2B,)
-            out = model(torch.cat([x, x]), torch.full((2 * len(x),), float(t), device=x.device), both)
+            out = model(torch.cat([x, x]), torch.cat([time, time]), both).float()
             conditional, unconditional = out.chunk(2)
-            eps = unconditional[:, :C] + guidance * (conditional[:, :C] - unconditional[:, :C])
-            logits = conditional[:, C:]
+            G = C if channels is None else channels
+            steered = unconditional[:, :G] + guidance * (conditional[:, :G] - unconditional[:, :G])
+            eps, logits = torch.cat([steered, conditional[:, G:C]], dim=1), conditional[:, C:]
         return eps, logits if logits.shape[1] else None
     return predict
 
@@ -181,8 +193,8 @@ class PngFolder:
         return self.has(block(0, ipc * len(self.classes), len(self.classes)))
 
     def write(self, items, images):
-        for item, image in zip(items, images, strict=True):
-            write_png(self.file(*item), image)
+        with ThreadPoolExecutor() as pool:                      # packing a 256-pixel PNG takes 10 ms
+            list(pool.map(write_png, [self.file(*item) for item in items], images))
 
     def finish(self, items):
         """Removes what is not one of `items`: the round that a budget cut off."""
@@ -251,30 +263,47 @@ def distil(draw, store, record, total, budget, batch, save):
 
     draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from
     the first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
+    Of many processes each draws one block of every wave, and all of them stop after the same wave.
     Returns the (label, index) of the images of all complete rounds; no others are kept.
     """
-    K, done, number, longest = len(record["classes"]), 0, 0, 0.0
-    began = time.monotonic() - record["seconds"]
-    with tqdm(total=None if math.isinf(total) else total, disable=None, leave=False, unit="image") as bar:
-        while items := block(number, batch, K, total):
-            if not store.has(items):
+    K, done, wave, longest = len(record["classes"]), 0, 0, 0.0
+    began, quiet = time.monotonic() - record["seconds"], True if rank() else None
+    with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
+        while block(wave * world(), batch, K, total):
+            blocks = [block(number, batch, K, total)
+                      for number in range(wave * world(), (wave + 1) * world())]
+            mine = blocks[rank()]                               # empty on the last processes of the last wave
+            needed = bool(mine) and not store.has(mine)
+            if of_all(needed):
                 started = time.monotonic()
-                if started - began + longest > budget and done > 0:
+                if of_all(started - began + longest > budget) and done > 0:
                     break
-                store.write(items, draw(items))
-                record["seconds"] = time.monotonic() - began
-                longest = max(longest, time.monotonic() - started)
+                if needed:
+                    store.write(mine, draw(mine))
+                spent = time.monotonic() - started
+                longest, record["seconds"] = max(longest, of_all(spent)), time.monotonic() - began
                 save(record)
-            done, number = done + len(items), number + 1
-            bar.update(len(items))
-    if done < K or number == 1 and record["seconds"] > budget:
+            done, wave = done + sum(map(len, blocks)), wave + 1
+            bar.update(sum(map(len, blocks)))
+    if done < K or wave == 1 and of_all(record["seconds"] > budget):
         raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class: the "
                         f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
     kept = block(0, done // K * K, K)
-    store.finish(kept)
+    if rank() == 0:
+        store.finish(kept)
+    barrier()
     record["seconds"] = time.monotonic() - began
     return kept
+
+
+def of_all(value):
+    """The largest of all processes' numbers, or whether it is true of any: the same answer everywhere."""
+    if world() == 1:
+        return value
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return max(values)
 
 
 def contact_sheet(images, columns, path):
@@ -312,18 +341,22 @@ def checked(args):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root validation out seed device overwrite")
+    add_flags(parser, "data root validation out seed device overwrite vae bf16 compile")
+    parser.set_defaults(vae="mse")                              # as Gu et al.: ema encodes, mse decodes
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
-                        help="what to sample from (default: out/NAME/minimax.safetensors)")
+                        help="what to sample from, a file or a folder of phases (default: "
+                             "out/NAME/minimax.safetensors, or the minimax-A-B.safetensors there)")
     parser.add_argument("--steps", type=int, default=10,
                         help="each is a network call, two with guidance (default: %(default)s)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
-    parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing"), default="quadratic",
+    parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing", "stride"), default="quadratic",
                         help="where in t the steps lie (default: %(default)s)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
                                                        "(default: the checkpoint's)")
+    parser.add_argument("--cfg-channels", type=int, metavar="N",
+                        help="guide the first N channels only: 3 is DiT's published slip (default: all)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
     parser.add_argument("--seconds", type=float,
                         help="instead: as many complete rounds as fit into this time")
@@ -333,7 +366,7 @@ def main(argv=None):
     parser.add_argument("--npz", action="store_true",
                         help="one distilled.npz instead of a file for each image")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with one_sentence(parser), many_processes():
         run(args, command(__file__, argv))
 
 
@@ -362,52 +395,120 @@ def open_record(path, fresh, stores, overwrite):
     return fresh
 
 
+def checkpoints(args, home):
+    """The files to sample from: one, or the phases that hold all classes between them."""
+    place = args.checkpoint or home / "minimax.safetensors"
+    phases = sorted((place if place.is_dir() else home).glob("minimax-*-*.safetensors"))
+    if place.is_file():
+        return [place]
+    if not phases or args.checkpoint and not place.is_dir():
+        raise UserError(f"there is no {place}: python minimax.py{same_data(args)} makes one")
+    return phases
+
+
+def load_phases(paths, name, device):
+    """The network of one checkpoint, or of the phases of one -> (model, header, phases).
+
+    header: its classes and rows are those that can be drawn; weights identifies all files. phases: (first,
+    last, {name: tensor}), the tensors to lay over the model for the classes first to last.
+    Raises UserError where the phases overlap, leave a class out or were tuned from different models.
+    """
+    model, header = load_model(paths[0], device)
+    if header["data"] not in (name, "imagenet"):
+        raise UserError(f"{paths[0]} is of the data set {header['data']}, not {name}: "
+                        "say which with --data, --root or --validation")
+    if len(paths) == 1:
+        first, last = header["phase"]
+        held = header["classes"][first:last + 1]
+        classes = held if header["data"] == name else class_list(name) or held
+        rows = rows_of(header, classes, paths[0])
+        return model, {**header, "classes": classes, "rows": rows}, [(0, len(classes) - 1, {})]
+    phases, expected = [], 0
+    headers = [(read_header(path), path) for path in paths]
+    for other, path in sorted(headers, key=lambda pair: pair[0]["phase"]):
+        first, last = other["phase"]
+        if (other["base"], other["config"], other["classes"]) != \
+                (header["base"], header["config"], header["classes"]):
+            raise UserError(f"{path} was tuned from another model than {paths[0]}")
+        if first != expected:
+            raise UserError(f"{path} has the classes {first}-{last}, but {expected} should come next: "
+                            "run the missing --classes, or remove what overlaps")
+        expected = last + 1
+        tensors = {key: tensor.to(device) for key, tensor in load_tensors(path).items()}
+        phases.append((first, last, tensors))
+        header["weights"] += "+" + other["fingerprint"]
+    if expected != len(header["classes"]):
+        raise UserError(f"no phase has the classes {expected}-{len(header['classes']) - 1}: run the missing "
+                        "--classes")
+    return model, header, phases
+
+
+def of_first(make):
+    """What make() returns on the first process, on all."""
+    values = [make() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def run(args, typed):
     """Everything after the command line was read."""
     ipc, budget = checked(args)
     times, device = timesteps(args.steps, args.grid), device_named(args.device)
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
-    checkpoint, out = args.checkpoint or home / "minimax.safetensors", args.out or home
-    if not checkpoint.is_file():
-        raise UserError(f"there is no {checkpoint}: python minimax.py{same_data(args)} makes one")
-    model, header = load_model(checkpoint, device)
-    if header["data"] != name:
-        raise UserError(f"{checkpoint} is of the data set {header['data']}, not {name}: "
-                        "say which with --data, --root or --validation")
+    paths, out = checkpoints(args, home), args.out or home
+    model, header, phases = load_phases(paths, name, device)
     guidance = header["guidance"] if args.guidance is None else args.guidance
-    classes, size = header["classes"], header["config"]["size"]
+    classes, config = header["classes"], header["config"]
+    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= config["channels"]:
+        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, not {args.cfg_channels}")
+    bf16 = chosen_bf16(args.bf16, device, config["network"])
+    model = model.to(torch.bfloat16 if bf16 else torch.float32)
+    if args.compile:
+        model.compile()
+    decode, autoencoder = decoder(header["latents"], args.vae, device, bf16)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
-                "eta": args.eta, "guidance": guidance, "seed": args.seed, "batch": args.batch,
-                "npz": args.npz}
+                "eta": args.eta, "guidance": guidance, "cfg_channels": args.cfg_channels, "bf16": bf16,
+                "autoencoder": autoencoder, "seed": args.seed, "batch": args.batch, "npz": args.npz}
     folder, file, record_path = PngFolder(out, classes), NpzFile(out, classes), out / "distilled.json"
     store = file if args.npz else folder
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
              "command": typed}
-    record = open_record(record_path, fresh, (folder, file), args.overwrite)
+    record = of_first(lambda: open_record(record_path, fresh, (folder, file), args.overwrite))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{checkpoint} | {name} | device {device} | {parameters / 1e6:.2f}M parameters | "
-          f"{args.sampler}, {args.steps} steps, {args.grid} grid | guidance {guidance:g} | "
-          f"seed {args.seed}")
-    if (record["ipc"] >= ipc or record["budget"] >= budget) and store.whole(record["ipc"]):
+    print(f"{paths[0]}{' and its phases' * (len(paths) > 1)} | {name} | device {device}{' bf16' * bf16} x "
+          f"{world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} steps, {args.grid} "
+          f"grid | guidance {guidance:g} | seed {args.seed}")
+    if of_first(lambda: (record["ipc"] >= ipc or record["budget"] >= budget) and store.whole(record["ipc"])):
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
         return
 
     def draw(items):
-        rows = torch.tensor([header["rows"][label] for label, _ in items], device=device)
-        noise = image_noise(args.seed, [(classes[label], index) for label, index in items],
-                            (header["config"]["channels"], size, size), device)
-        predict = guided(model, rows, header["rows"][-1], guidance)
-        x = draw_images(predict, noise, times, args.sampler, args.eta)
+        x = torch.empty(len(items), config["channels"], config["size"], config["size"], device=device)
+        for first, last, tensors in phases:
+            mine = [i for i, (label, _) in enumerate(items) if first <= label <= last]
+            if not mine:
+                continue
+            if tensors:
+                model.load_state_dict(tensors, strict=False)    # the rest is the base's, and stays
+            chosen = [items[i] for i in mine]
+            rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)
+            noise = image_noise(args.seed, [(classes[label], index) for label, index in chosen],
+                                x.shape[1:], device)
+            predict = guided(model, rows, header["rows"][-1], guidance, args.cfg_channels)
+            x[mine] = draw_images(predict, noise, times, args.sampler, args.eta)
+        x = decode(x)
         if not x.isfinite().all():
-            raise UserError(f"{checkpoint} draws images that are not finite: a smaller --guidance may help")
+            raise UserError(f"{paths[0]} draws images that are not finite: a smaller --guidance may help")
         return to_uint8(x).cpu()
 
     def save(record):
-        with replacing(record_path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        if rank() == 0:
+            with replacing(record_path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
 
-    if record["ipc"] and not store.resumable():                 # its blocks were joined: all is drawn anew
+    if of_first(lambda: record["ipc"] and not store.resumable()):  # its blocks were joined: all is drawn anew
         record["seconds"] = 0.0
     record.update(command=typed, ipc=0, budget=0.0)             # unfinished, until the end
     save(record)
@@ -419,7 +520,8 @@ def run(args, typed):
           f"{len(items) * calls:,} network evaluations ({calls} an image)")
     columns = min(10, record["ipc"])
     shown = [(label, index) for label in range(min(20, len(classes))) for index in range(columns)]
-    contact_sheet(store.images(shown), columns, out / "distilled.png")
+    if rank() == 0:
+        contact_sheet(store.images(shown), columns, out / "distilled.png")
     print(f"saved {store.path} and {out / 'distilled.png'} -> "
           f"python train_eval.py{same_data(args, '--out')}")
 

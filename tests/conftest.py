@@ -1,13 +1,16 @@
 """Shared by all tests: they run offline, on a CPU, each in an empty folder of its own."""
 import dataclasses
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -15,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import data as data_module
 import diffusion
+import vae
 
 
 def shrink():
@@ -24,7 +28,9 @@ def shrink():
     return [(diffusion.SIZES, "mini", (2, 32, 2)),
             (recipes, "digits", dataclasses.replace(recipes["digits"], epochs=4, views=600, **short)),
             (recipes, "folder", dataclasses.replace(recipes["folder"], size=8, judge_size=8, patch=2,
-                                                    epochs=2, views=200, **short))]
+                                                    epochs=2, views=200, **short)),
+            (recipes, "imagenet", dataclasses.replace(recipes["imagenet"], size=8, judge_size=64,
+                                                      weights="DiT-S-2-64x64", network="S", tune_batch=4))]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,48 @@ def pictures(tmp_path):
             pixels = random.integers(level - 30, level + 30, (10, 12, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
+
+
+class ImageNet(NamedTuple):
+    """What a user has at hand: root/train, root/val, the published weights and the autoencoder's."""
+    root: pathlib.Path
+    weights: pathlib.Path
+    vae: pathlib.Path
+
+
+@pytest.fixture(scope="session")
+def imagenet_files(tmp_path_factory):
+    """Two training pictures and one to test on of each ImageWoof class, one grey, one CMYK, under their real
+    wnids; random weights of DiT-S/2's published layout, and of a narrow autoencoder's.
+    """
+    home, random = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for k, wnid in enumerate(data_module.SUBSETS["imagewoof"]):
+        for part, names in (("train", (f"{wnid}_1.JPEG", f"{wnid}_2.JPEG")),
+                            ("val", (f"ILSVRC2012_val_{k:08}.JPEG",))):
+            (home / "root" / part / wnid).mkdir(parents=True)
+            for name in names:
+                picture = Image.fromarray(random.integers(0, 255, (72, 90, 3)).astype(np.uint8))
+                mode = {(0, "train"): "L", (1, "train"): "CMYK"}.get((k, part), "RGB")
+                picture.convert(mode).save(home / "root" / part / wnid / name)
+    torch.manual_seed(0)
+    model = diffusion.DiT("S", 8, 2, 4, 1000, learned_variance=True)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
+    torch.save(model.state_dict(), home / "DiT-S.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "WIDTHS", NARROW)
+        safetensors.torch.save_file(vae.Autoencoder().state_dict(), home / "vae.safetensors")
+    return ImageNet(home / "root", home / "DiT-S.pt", home / "vae.safetensors")
+
+
+NARROW = (32, 32, 64, 64)                                       # a quick autoencoder
+
+
+@pytest.fixture
+def imagenet(imagenet_files, tmp_path, monkeypatch):
+    """The same, in a copy of the test's own; the autoencoder is the narrow one."""
+    monkeypatch.setattr(vae, "WIDTHS", NARROW)
+    shutil.copytree(imagenet_files.root, tmp_path / "imagenet")
+    return imagenet_files._replace(root=tmp_path / "imagenet")
 
 
 @pytest.fixture

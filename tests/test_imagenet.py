@@ -1,0 +1,235 @@
+"""ImageNet's subsets from end to end: pictures, latent cache, published weights, fine-tuning, drawing, judging."""
+import json
+import pathlib
+
+import pytest
+import torch
+
+import data
+import diffusion
+import minimax
+import sample
+import train_eval
+import vae
+from data import SUBSETS, class_list, imagenet_classes, load
+from diffusion import load_model, read_header
+
+# Section 2.5 of the method's facts: class, and its row in the published weights' label table
+ROWS = {"imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],
+        "imagenette": [0, 217, 482, 491, 497, 566, 569, 571, 574, 701],
+        "imageidc": [452, 64, 374, 236, 993, 176, 882, 904, 503, 74]}
+
+
+def tune(imagenet, *more):
+    """Imports the weights and fine-tunes for two steps."""
+    diffusion.main(["--weights", str(imagenet.weights)])
+    minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps",
+                  "2", *map(str, more)])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_class_has_its_published_row_whatever_lies_beside_it(name):
+    header = {"classes": imagenet_classes(), "rows": list(range(1001)), "data": "imagenet"}
+    assert diffusion.rows_of(header, class_list(name), "file") == [*ROWS[name], 1000]
+
+
+def test_the_class_lists_are_whole():
+    everything = imagenet_classes()
+    assert len(everything) == 1000 and everything == sorted(everything)
+    assert class_list("imagenet") == everything and class_list("digits") is None
+    assert len(set(SUBSETS["imagenet100"])) == 100 and set(SUBSETS["imagenet100"]) <= set(everything)
+    assert class_list("imageidc-validation") == SUBSETS["imagenet100"][:10]
+
+
+def test_pictures_to_judged_set(imagenet, capsys):
+    tune(imagenet)
+    said = capsys.readouterr().out
+    assert "ImageNet's own split, 20 images to train on, 10 to test" in said
+    assert "encoding the pictures of 10 of 10 classes" in said
+    header = read_header("out/imagewoof/minimax.safetensors")
+    assert header["rows"] == [*ROWS["imagewoof"], 1000] and header["classes"] == SUBSETS["imagewoof"]
+    assert header["cut"].startswith("ImageNet's own split") and header["latents"]
+    assert header["config"]["learned_variance"] and header["config"]["difffit"]
+    assert pathlib.Path("out/imagewoof/minimax.safetensors").stat().st_size < 4e6  # what was tuned, alone
+    sample.main(["--data", "imagewoof", "--steps", "2", "--sampler", "ddpm", "--grid", "uniform", "--ipc", "1",
+                 "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
+    record = json.loads(pathlib.Path("out/imagewoof/distilled.json").read_text())
+    assert record["classes"] == SUBSETS["imagewoof"] and record["settings"]["guidance"] == 4
+    drawn = data.read_set("out/imagewoof/distilled", classes=SUBSETS["imagewoof"])
+    assert drawn.images.shape == (10, 3, 64, 64) and sorted(drawn.labels.tolist()) == list(range(10))
+    train_eval.main(["--data", "imagewoof", "--root", str(imagenet.root), "--runs", "1", "--epochs", "2"])
+    rows = [json.loads(line) for line in open("out/imagewoof/results.jsonl")]
+    assert [row["train"] for row in rows] == ["out/imagewoof/distilled", "random"]
+    assert all(row["judge"] == "ResNetAP-10" and row["protocol"] == "gu" for row in rows)
+
+
+def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet):
+    diffusion.main(["--weights", str(imagenet.weights)])
+    sample.main(["--data", "imageidc", "--checkpoint", str(diffusion.published_base(data.RECIPES["imagenet"])),
+                 "--steps", "1", "--ipc", "1", "--vae", str(imagenet.vae)])
+    assert sorted(path.name for path in pathlib.Path("out/imageidc/distilled").iterdir()) == \
+        sorted(SUBSETS["imageidc"])
+
+
+def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_average(imagenet, tmp_path):
+    tensors = torch.load(imagenet.weights)
+    diffusion.main(["--weights", str(imagenet.weights)])
+    model, header = load_model("out/DiT-S-2-64x64/base.safetensors")
+    assert header["data"] == "imagenet" and header["config"]["network"] == "S" and len(header["rows"]) == 1001
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    import argparse
+    torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {}, "args": argparse.Namespace(lr=1)},
+               tmp_path / "0050000.pt")
+    found, config = diffusion.read_published(tmp_path / "0050000.pt")
+    assert found.keys() == tensors.keys() and config == header["config"]
+
+
+def test_weights_that_do_not_fit_are_refused(imagenet, sentence, tmp_path):
+    tensors = torch.load(imagenet.weights)
+    lost = dict(tensors)
+    del lost["blocks.3.attn.qkv.bias"]
+    torch.save(lost, tmp_path / "lost.pt")
+    assert "blocks.3.attn.qkv.bias" in sentence(diffusion.main, "--weights", tmp_path / "lost.pt")
+    torch.save({**tensors, "extra": torch.zeros(1)}, tmp_path / "more.pt")
+    assert "extra" in sentence(diffusion.main, "--weights", tmp_path / "more.pt")
+    said = sentence(diffusion.main, "--weights", imagenet.weights, "--recipe", "imagenet512")
+    assert "size 8, not 64" in said
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    assert "holds no DiT weights" in sentence(diffusion.main, "--weights", tmp_path / "junk.pt")
+    assert "holds no DiT weights" in sentence(diffusion.main, "--weights", tmp_path / "none.pt")
+
+
+def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sentence, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root)
+    assert "DiT-S-2-64x64.pt" in said and "diffusion.py --weights" in said
+    said = sentence(vae.main, next(imagenet.root.rglob("*.JPEG")), "--vae", "mse")
+    assert "sd-vae-ft-mse" in said and "--vae" in said
+
+
+def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys, monkeypatch):
+    tune(imagenet)
+    capsys.readouterr()
+
+    def never(*_):
+        raise AssertionError("the autoencoder is not needed")
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "load_autoencoder", never)
+        minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae),
+                      "--steps", "1", "--out", "out/imagewoof", "--overwrite"])
+    assert "encoding" not in capsys.readouterr().out
+    wnid = SUBSETS["imagewoof"][4]
+    picture = imagenet.root / "train" / wnid / f"{wnid}_1.JPEG"
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps",
+                  "1", "--overwrite"])
+    assert "encoding the pictures of 1 of 10 classes" in capsys.readouterr().out
+
+
+def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path):
+    tune(imagenet)
+    import safetensors.torch
+    tensors = safetensors.torch.load_file(imagenet.vae)
+    decoder_only = {**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] + 1}
+    safetensors.torch.save_file(decoder_only, tmp_path / "decoder.safetensors")
+    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--steps", "1", "--out", "out/two"]
+    pathlib.Path("out/two").mkdir()
+    pathlib.Path("out/imagewoof/latents").rename("out/two/latents")
+    minimax.main([*words, "--vae", str(tmp_path / "decoder.safetensors")])  # the same encoder
+    safetensors.torch.save_file({**tensors, "quant_conv.bias": tensors["quant_conv.bias"] + 1},
+                                tmp_path / "encoder.safetensors")
+    said = sentence(minimax.main, *words[:-4], "--steps", "2", "--out", "out/two", "--overwrite", "--vae",
+                    tmp_path / "none.safetensors")
+    assert "none.safetensors" in said
+    pathlib.Path("out/two/minimax.safetensors").unlink()
+    said = sentence(minimax.main, *words, "--vae", tmp_path / "encoder.safetensors")
+    assert "another autoencoder" in said and "--overwrite" in said
+
+
+def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
+    tune(imagenet)
+    whole = load("imagewoof", imagenet.root)
+    latents = vae.prepared(whole, pathlib.Path("out/imagewoof"), str(imagenet.vae), torch.device("cpu"))
+    assert latents.moments.shape == (20, 2, 8, 8, 8) and latents.moments.dtype == torch.float16
+    picture = data.to_float(whole.train.pick(torch.tensor([3])).read().images)
+    autoencoder = vae.load_autoencoder(str(imagenet.vae))
+    for side, x in enumerate((picture, picture.flip(3))):
+        moments = torch.cat(autoencoder.encode(x), dim=1)[0]
+        assert (latents.moments[3, side].float() - moments).abs().max() < 0.02
+    index, mirrored = torch.tensor([3, 3]), torch.tensor([False, True])
+    one = latents.examples(index, mirrored, torch.Generator().manual_seed(1))
+    two = latents.examples(index, mirrored, torch.Generator().manual_seed(2))
+    mean = latents.moments[3, :, :4].float()
+    assert one.shape == (2, 4, 8, 8) and not torch.equal(one, two)
+    many = torch.stack([latents.examples(index, mirrored, torch.Generator().manual_seed(k))
+                        for k in range(400)])
+    deviation = 0.18215 * torch.exp(latents.moments[3, :, 4:].float() / 2)
+    assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3   # five standard errors and more
+
+
+def test_phases_are_tuned_apart_and_drawn_together(imagenet, capsys, sentence):
+    tune(imagenet, "--phases", 4)
+    names = ["minimax-0-3", "minimax-4-7", "minimax-8-9"]
+    assert all(pathlib.Path(f"out/imagewoof/{name}.safetensors").is_file() for name in names)
+    words = ["--data", "imagewoof", "--steps", "1", "--ipc", "1", "--vae", str(imagenet.vae)]
+    sample.main([*words, "--out", "out/together"])
+    whole = data.read_set("out/together/distilled", classes=SUBSETS["imagewoof"])
+    sample.main([*words, "--out", "out/alone", "--checkpoint", f"out/imagewoof/{names[1]}.safetensors"])
+    alone = data.read_set("out/alone/distilled", classes=SUBSETS["imagewoof"][4:8])
+    for c in range(4):                                          # each class by its own phase
+        pair = [found.images[found.labels == label].int() for found, label in ((whole, 4 + c), (alone, c))]
+        assert (pair[0] - pair[1]).abs().max() <= 1
+    pathlib.Path(f"out/imagewoof/{names[1]}.safetensors").unlink()
+    said = sentence(sample.main, *words, "--out", "out/hole")
+    assert "8-9" in said and "4 should come next" in said
+    pathlib.Path(f"out/imagewoof/{names[2]}.safetensors").unlink()
+    assert "no phase has the classes 4-9" in sentence(sample.main, *words, "--out", "out/hole")
+    minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps",
+                  "2", "--classes", "4-9"])
+    sample.main([*words, "--out", "out/whole"])
+
+
+def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
+    diffusion.main(["--weights", str(imagenet.weights)])
+    words = ["--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae, "--steps", "1"]
+    assert "there is no ImageNet at" in sentence(minimax.main, *words[:3], imagenet.root / "train", *words[4:])
+    assert "--root" in sentence(minimax.main, "--data", "imagewoof")
+    wnid = SUBSETS["imagewoof"][2]
+    (imagenet.root / "train" / wnid / f"{wnid}_3.JPEG").write_bytes(b"\xff\xd8 no picture")
+    said = sentence(minimax.main, *words)
+    assert f"{wnid}_3.JPEG" in said and "1 of 3 images" in said and "--skip-broken" in said
+    minimax.main([*map(str, words), "--skip-broken"])
+    assert f"left out: cannot read the image {imagenet.root}/train/{wnid}/{wnid}_3.JPEG" in \
+        capsys.readouterr().out
+    (imagenet.root / "train" / wnid).rename(imagenet.root / "elsewhere")
+    said = sentence(minimax.main, *words)
+    assert wnid in said and "1 of the 10 classes" in said
+    said = sentence(minimax.main, "--data", "imagenet100", "--root", imagenet.root)
+    assert "of the 100 classes of imagenet100" in said
+
+
+def test_fastais_cut_is_told_from_imagenets_own(imagenet):
+    for wnid in SUBSETS["imagewoof"]:
+        (imagenet.root / "val" / wnid / f"{wnid}_9.JPEG").write_bytes(
+            next((imagenet.root / "train" / wnid).iterdir()).read_bytes())
+    assert load("imagewoof", imagenet.root).cut.startswith("fastai's re-split, 20 images to train on, 20")
+
+
+def test_out_of_memory_names_the_flag_that_helps(imagenet, sentence, monkeypatch):
+    diffusion.main(["--weights", str(imagenet.weights)])
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(diffusion.Trainer, "step", full)
+    said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae)
+    assert "out of memory" in said and "--recompute" in said and "--batch" in said
+
+
+def test_a_batch_larger_than_the_data_is_refused(imagenet, sentence):
+    diffusion.main(["--weights", str(imagenet.weights)])
+    said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae,
+                    "--batch", 64)
+    assert "20 images make no batch of 64" in said
