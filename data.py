@@ -596,7 +596,7 @@ def barrier():
 @contextmanager
 def many_processes():
     """Joins the processes that torchrun started, if it did; only the first of them prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

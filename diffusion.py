@@ -532,12 +532,12 @@ class Plan(NamedTuple):
     batch: int
     lr: float                 # AdamW, no weight decay
     decay: bool               # True: warm-up, then half a cosine to zero; False: constant, as in Gu et al.
-    beta2: float              # of AdamW; short runs want 0.99, that the second moment catches up with them
     ema: float
-    warm: bool                # whether the average warms up
     seed: int
     flip: bool
-    bf16: bool                # bfloat16 products under autocast; the weights that are trained stay float32
+    beta2: float = 0.99       # of AdamW; in short runs the second moment must catch up with the gradients
+    warm: bool = True         # whether the average warms up
+    bf16: bool = False        # bfloat16 products under autocast; the weights that are trained stay float32
 
     def lr_at(self, step):
         """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
@@ -720,8 +720,8 @@ def train_base(data, path, *, steps, seed, device, vae="ema", bf16=None, compile
     recipe, classes = data.recipe, data.train.classes
     config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
               "channels": recipe.channels, "classes": len(classes)}
-    plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, beta2=.99, ema=recipe.ema,
-                warm=True, seed=seed, flip=recipe.flip, bf16=chosen_bf16(bf16, device, recipe.network))
+    plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
+                flip=recipe.flip, bf16=chosen_bf16(bf16, device, recipe.network))
     settings = {**config, **plan._asdict(), "data": data_print(data.train)}
     if finished(path, settings, overwrite):
         return

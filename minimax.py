@@ -266,8 +266,8 @@ def tune_phase(args, data, phase, base, path, device, typed):
     steps = args.steps or recipe.tune_steps or recipe.tune_epochs * (len(train.labels) // batch)
     if steps < 1:
         raise UserError(f"{len(train.labels)} images make no batch of {batch}: lower --batch")
-    plan = Plan(steps=steps, batch=batch, lr=recipe.tune_lr, decay=False, beta2=recipe.tune_beta2,
-                ema=recipe.tune_ema, warm=recipe.tune_warm, seed=args.seed, flip=recipe.flip,
+    plan = Plan(steps=steps, batch=batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
+                seed=args.seed, flip=recipe.flip, beta2=recipe.tune_beta2, warm=recipe.tune_warm,
                 bf16=chosen_bf16(args.bf16, device, header["config"]["network"]))
     settings = {**plan._asdict(), "data": data_print(train), "base": header["fingerprint"],
                 "lambda_r": lambda_r, "lambda_d": lambda_d, "memory": list(memory), "slots": args.slots,

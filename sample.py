@@ -396,33 +396,42 @@ def open_record(path, fresh, stores, overwrite):
 
 
 def checkpoints(args, home):
-    """The files to sample from: one, or the phases that hold all classes between them."""
+    """What to sample from: one file, or a list of phases that should hold all classes between them."""
     place = args.checkpoint or home / "minimax.safetensors"
-    phases = sorted((place if place.is_dir() else home).glob("minimax-*-*.safetensors"))
     if place.is_file():
-        return [place]
-    if not phases or args.checkpoint and not place.is_dir():
+        return place
+    folder = place if args.checkpoint else home
+    phases = sorted(folder.glob("minimax-*-*.safetensors"))
+    if not phases:
         raise UserError(f"there is no {place}: python minimax.py{same_data(args)} makes one")
     return phases
 
 
-def load_phases(paths, name, device):
-    """The network of one checkpoint, or of the phases of one -> (model, header, phases).
+def load_one(path, name, device):
+    """The network of the checkpoint `path` -> (DiT, header).
 
-    header: its classes and rows are those that can be drawn; weights identifies all files. phases: (first,
-    last, {name: tensor}), the tensors to lay over the model for the classes first to last.
+    header: its classes and rows are those it can draw of the data set `name`. Raises UserError where it is of
+    another data set.
+    """
+    model, header = load_model(path, device)
+    if header["data"] not in (name, "imagenet"):
+        raise UserError(f"{path} is of the data set {header['data']}, not {name}: "
+                        "say which with --data, --root or --validation")
+    first, last = header["phase"]
+    classes = header["classes"][first:last + 1]
+    if header["data"] != name:                                  # the published weights: a subset of theirs
+        classes = class_list(name) or classes
+    return model, {**header, "classes": classes, "rows": rows_of(header, classes, path)}
+
+
+def load_phases(paths, name, device):
+    """The network that several phases were tuned from -> (DiT, header, phases).
+
+    header: of all classes; its weights identifies all files. phases: (first, last, {name: tensor}), the
+    tensors to lay over the network for the classes first to last.
     Raises UserError where the phases overlap, leave a class out or were tuned from different models.
     """
     model, header = load_model(paths[0], device)
-    if header["data"] not in (name, "imagenet"):
-        raise UserError(f"{paths[0]} is of the data set {header['data']}, not {name}: "
-                        "say which with --data, --root or --validation")
-    if len(paths) == 1:
-        first, last = header["phase"]
-        held = header["classes"][first:last + 1]
-        classes = held if header["data"] == name else class_list(name) or held
-        rows = rows_of(header, classes, paths[0])
-        return model, {**header, "classes": classes, "rows": rows}, [(0, len(classes) - 1, {})]
     phases, expected = [], 0
     headers = [(read_header(path), path) for path in paths]
     for other, path in sorted(headers, key=lambda pair: pair[0]["phase"]):
@@ -440,6 +449,8 @@ def load_phases(paths, name, device):
     if expected != len(header["classes"]):
         raise UserError(f"no phase has the classes {expected}-{len(header['classes']) - 1}: run the missing "
                         "--classes")
+    if header["data"] != name:
+        raise UserError(f"{paths[0]} is of the data set {header['data']}, not {name}")
     return model, header, phases
 
 
@@ -457,8 +468,12 @@ def run(args, typed):
     times, device = timesteps(args.steps, args.grid), device_named(args.device)
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
-    paths, out = checkpoints(args, home), args.out or home
-    model, header, phases = load_phases(paths, name, device)
+    source, out = checkpoints(args, home), args.out or home
+    if isinstance(source, list):
+        model, header, phases = load_phases(source, name, device)
+    else:
+        model, header = load_one(source, name, device)
+        phases = [(0, len(header["classes"]) - 1, {})]
     guidance = header["guidance"] if args.guidance is None else args.guidance
     classes, config = header["classes"], header["config"]
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= config["channels"]:
@@ -477,9 +492,9 @@ def run(args, typed):
              "command": typed}
     record = of_first(lambda: open_record(record_path, fresh, (folder, file), args.overwrite))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{paths[0]}{' and its phases' * (len(paths) > 1)} | {name} | device {device}{' bf16' * bf16} x "
-          f"{world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} steps, {args.grid} "
-          f"grid | guidance {guidance:g} | seed {args.seed}")
+    print(f"{source if len(phases) == 1 else f'{len(phases)} phases'} | {name} | device {device}"
+          f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} "
+          f"steps, {args.grid} grid | guidance {guidance:g} | seed {args.seed}")
     if of_first(lambda: (record["ipc"] >= ipc or record["budget"] >= budget) and store.whole(record["ipc"])):
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
         return
@@ -500,7 +515,7 @@ def run(args, typed):
             x[mine] = draw_images(predict, noise, times, args.sampler, args.eta)
         x = decode(x)
         if not x.isfinite().all():
-            raise UserError(f"{paths[0]} draws images that are not finite: a smaller --guidance may help")
+            raise UserError(f"{source} draws images that are not finite: a smaller --guidance may help")
         return to_uint8(x).cpu()
 
     def save(record):

@@ -12,7 +12,7 @@ from data import ImageSet, UserError, load, open_image, read_set, to_float, to_u
 
 
 def test_digits_are_split_once_and_for_all():
-    _, _, train, test = load("digits")
+    _, _, train, test, _ = load("digits")
     assert len(train.labels) == 1257 and len(test.labels) == 540
     assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (1, 8, 8)
     assert train.images.min() == 0 and train.images.max() == 255

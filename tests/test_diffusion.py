@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import diffusion
-from data import load
+from data import UserError, fingerprint, load
 from diffusion import DiT, Plan, Schedule, Trainer, denoising_loss
 
 
@@ -65,8 +65,11 @@ def test_the_other_sizes_have_the_published_counts(network, count):
     assert sum(p.numel() for p in dit.parameters()) == count
 
 
+CONFIG = {"network": "mini", "size": 8, "patch": 2, "channels": 1, "classes": 10}
+
+
 def small(**more):
-    return DiT("mini", size=8, patch=2, channels=1, classes=10, **more)
+    return DiT(**CONFIG, **more)
 
 
 def shaken(model):
@@ -108,8 +111,8 @@ def test_patches_come_back_to_their_place():
 
 
 def test_gammas_start_at_one_and_change_nothing():
-    plain, tuned = shaken(small()), small(difffit=True)
-    diffusion.load_strictly(tuned, plain.state_dict(), "here")
+    plain = shaken(small())
+    tuned = diffusion.rebuild(CONFIG | {"difffit": True}, plain.state_dict(), "here")
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([1., 500., 999.]), torch.tensor([0, 4, 10])
     assert torch.allclose(plain(x, t, y), tuned(x, t, y), atol=1e-6)
     with torch.no_grad():
@@ -120,6 +123,120 @@ def test_gammas_start_at_one_and_change_nothing():
 def test_learned_variance_doubles_the_channels():
     out = small(learned_variance=True)(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long())
     assert out.shape == (2, 2, 8, 8)
+
+
+def test_the_kl_is_torchs():
+    normals = [torch.distributions.Normal(torch.randn(50), torch.rand(50) + 0.1) for _ in range(2)]
+    parts = [value for normal in normals for value in (normal.mean, 2 * normal.stddev.log())]
+    wanted = torch.distributions.kl_divergence(*normals)
+    assert torch.allclose(diffusion.gaussian_kl(*parts), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bins_hold_all_of_the_mass():
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    for mean, deviation in ((0.1, 0.05), (-0.98, 0.3), (3., 1.)):
+        log_variance = torch.tensor(2 * math.log(deviation))
+        mass = torch.exp(-diffusion.discretised_nll(levels, torch.tensor(mean), log_variance))
+        assert mass.sum() == pytest.approx(1, abs=1e-6)
+        below = torch.distributions.Normal(mean, deviation).cdf
+        inside = below(levels[100] + 1 / 255) - below(levels[100] - 1 / 255)
+        assert mass[100] == pytest.approx(float(inside), abs=1e-7)
+
+
+def test_the_variational_bound_against_the_posteriors_definition():
+    """By Bayes q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised, here on a grid."""
+    schedule, t = Schedule(), torch.tensor([400])
+    abar, previous = schedule.abar[400].item(), schedule.abar[399].item()
+    alpha = abar / previous
+    x0, xt, eps_hat, logit = 0.3, -0.2, 0.5, 0.4
+    grid = torch.linspace(-4, 4, 80_001, dtype=torch.float64)
+    normal = lambda mean, variance: torch.distributions.Normal(mean, math.sqrt(variance))
+
+    def moments(clean):
+        """Mean and variance of x_{t-1}, given xt and the clean image."""
+        step = normal(math.sqrt(alpha) * grid, 1 - alpha).log_prob(torch.tensor(xt, dtype=torch.float64))
+        weights = (normal(math.sqrt(previous) * clean, 1 - previous).log_prob(grid) + step).softmax(0)
+        mean = float((weights * grid).sum())
+        return mean, float((weights * (grid - mean) ** 2).sum())
+    q_mean, smallest = moments(x0)
+    p_mean, _ = moments((xt - math.sqrt(1 - abar) * eps_hat) / math.sqrt(abar))
+    variance = math.exp((logit + 1) / 2 * math.log(1 - alpha) + (1 - logit) / 2 * math.log(smallest))
+    wanted = torch.distributions.kl_divergence(normal(q_mean, smallest), normal(p_mean, variance))
+    shaped = lambda value: torch.full((1, 1, 1, 1), value)
+    bound = diffusion.variational_bound(schedule, shaped(x0), shaped(xt), t, shaped(eps_hat), shaped(logit))
+    assert bound.item() == pytest.approx(wanted.item() / math.log(2), rel=2e-3)
+
+
+def test_only_the_variance_feels_the_bound():
+    schedule, x0, eps = Schedule(), torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    t, out = torch.tensor([0, 1, 500, 999]), torch.randn(4, 2, 8, 8, requires_grad=True)
+    learned = denoising_loss(lambda xt, t, y: out, schedule, x0, None, t, eps).loss
+    plain = denoising_loss(lambda xt, t, y: out[:, :1], schedule, x0, None, t, eps).loss
+    assert learned.isfinite().all() and not torch.equal(learned, plain)
+    bound = torch.autograd.grad((learned - plain).sum(), out, retain_graph=True)[0]
+    assert not bound[:, :1].any() and bound[:, 1:].any()
+    xt = schedule.q_sample(x0, t, eps)                            # the truth, with the posterior's variance
+    none = diffusion.variational_bound(schedule, x0, xt, t, eps, -torch.ones_like(x0))
+    assert none[1:].abs().max() < 1e-4 and none[0] > 0
+
+
+def test_blocks_may_be_worked_out_again():
+    model, x, y = shaken(small()), torch.randn(3, 1, 8, 8), torch.arange(3)
+    t, grads = torch.tensor([1., 500., 999.]), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(x, t, y).square().sum().backward()
+        parameters = model.named_parameters()
+        grads.append(fingerprint({name: p.grad for name, p in parameters if p.requires_grad}))
+    assert grads[0] == grads[1]
+
+
+@torch.no_grad()
+def test_in_bfloat16_neighbouring_times_still_differ():
+    model, x, y = shaken(small()), torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    waves = []
+    model.t_embedder.mlp.register_forward_pre_hook(lambda _, inputs: waves.append(inputs[0].float()))
+    exact = model(x, torch.tensor([998., 999.]), y)
+    short = model.bfloat16()(x, torch.tensor([998., 999.]), y)
+    assert short.dtype == torch.bfloat16 and (short - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (waves[1] - waves[0]).abs().max() < 0.01 and (waves[1][0] - waves[1][1]).abs().max() > 0.5
+
+
+def test_autocast_keeps_what_is_trained_in_float32():
+    train, rows = load("digits").train, torch.arange(11)
+    losses = {}
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        model = shaken(small(difffit=True))
+        names = set(diffusion.difffit_parameters(model))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        one = Trainer(model, train, rows, Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0,
+                                               flip=False, bf16=bf16))
+        losses[bf16] = [float(one.step(step)["loss"]) for step in range(3)]
+        assert all(p.dtype == torch.float32 for p in one.tuned.values())
+        assert (model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16) == bf16
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+def test_a_constant_average_keeps_its_share_of_the_start():
+    train, rows = load("digits").train, torch.arange(11)
+    one = Trainer(small(), train, rows, Plan(steps=9, batch=4, lr=1e-2, decay=False, ema=.9, seed=0,
+                                             flip=False, beta2=.999, warm=False))
+    name, path = "y_embedder.embedding_table.weight", []
+    start = one.tuned[name].detach().clone()
+    for step in range(9):
+        one.step(step)
+        path.append(one.tuned[name].detach().clone())
+    wanted = 0.9**9 * start + sum(0.1 * 0.9**(8 - k) * weights for k, weights in enumerate(path))
+    assert torch.allclose(one.average[name], wanted, atol=1e-6)
+
+
+def test_a_batch_must_divide_over_the_processes(monkeypatch):
+    monkeypatch.setattr(diffusion, "world", lambda: 3)
+    with pytest.raises(UserError, match="a batch of 8 does not divide over 3 processes"):
+        Trainer(small(), load("digits").train, torch.arange(11),
+                Plan(steps=1, batch=8, lr=1e-3, decay=False, ema=.9, seed=0, flip=False))
 
 
 def test_the_loss_of_a_perfect_guess_is_zero_and_hands_back_x0():

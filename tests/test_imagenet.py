@@ -1,8 +1,10 @@
-"""ImageNet's subsets from end to end: pictures, latent cache, published weights, fine-tuning, drawing, judging."""
+"""ImageNet's subsets from end to end: pictures, latent cache, published weights, fine-tuning, judging."""
+import argparse
 import json
 import pathlib
 
 import pytest
+import safetensors.torch
 import torch
 
 import data
@@ -51,8 +53,8 @@ def test_pictures_to_judged_set(imagenet, capsys):
     assert header["cut"].startswith("ImageNet's own split") and header["latents"]
     assert header["config"]["learned_variance"] and header["config"]["difffit"]
     assert pathlib.Path("out/imagewoof/minimax.safetensors").stat().st_size < 4e6  # what was tuned, alone
-    sample.main(["--data", "imagewoof", "--steps", "2", "--sampler", "ddpm", "--grid", "uniform", "--ipc", "1",
-                 "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
+    sample.main(["--data", "imagewoof", "--steps", "2", "--sampler", "ddpm", "--grid", "uniform", "--ipc",
+                 "1", "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
     record = json.loads(pathlib.Path("out/imagewoof/distilled.json").read_text())
     assert record["classes"] == SUBSETS["imagewoof"] and record["settings"]["guidance"] == 4
     drawn = data.read_set("out/imagewoof/distilled", classes=SUBSETS["imagewoof"])
@@ -65,8 +67,9 @@ def test_pictures_to_judged_set(imagenet, capsys):
 
 def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet):
     diffusion.main(["--weights", str(imagenet.weights)])
-    sample.main(["--data", "imageidc", "--checkpoint", str(diffusion.published_base(data.RECIPES["imagenet"])),
-                 "--steps", "1", "--ipc", "1", "--vae", str(imagenet.vae)])
+    base = diffusion.published_base(data.RECIPES["imagenet"])
+    sample.main(["--data", "imageidc", "--checkpoint", str(base), "--steps", "1", "--ipc", "1",
+                 "--vae", str(imagenet.vae)])
     assert sorted(path.name for path in pathlib.Path("out/imageidc/distilled").iterdir()) == \
         sorted(SUBSETS["imageidc"])
 
@@ -77,9 +80,8 @@ def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_avera
     model, header = load_model("out/DiT-S-2-64x64/base.safetensors")
     assert header["data"] == "imagenet" and header["config"]["network"] == "S" and len(header["rows"]) == 1001
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
-    import argparse
-    torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {}, "args": argparse.Namespace(lr=1)},
-               tmp_path / "0050000.pt")
+    torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {},
+                "args": argparse.Namespace(lr=1)}, tmp_path / "0050000.pt")
     found, config = diffusion.read_published(tmp_path / "0050000.pt")
     assert found.keys() == tensors.keys() and config == header["config"]
 
@@ -131,7 +133,6 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
 
 def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path):
     tune(imagenet)
-    import safetensors.torch
     tensors = safetensors.torch.load_file(imagenet.vae)
     decoder_only = {**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] + 1}
     safetensors.torch.save_file(decoder_only, tmp_path / "decoder.safetensors")
@@ -167,7 +168,7 @@ def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     many = torch.stack([latents.examples(index, mirrored, torch.Generator().manual_seed(k))
                         for k in range(400)])
     deviation = 0.18215 * torch.exp(latents.moments[3, :, 4:].float() / 2)
-    assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3   # five standard errors and more
+    assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3  # six standard errors
 
 
 def test_phases_are_tuned_apart_and_drawn_together(imagenet, capsys, sentence):
@@ -195,7 +196,8 @@ def test_phases_are_tuned_apart_and_drawn_together(imagenet, capsys, sentence):
 def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
     diffusion.main(["--weights", str(imagenet.weights)])
     words = ["--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae, "--steps", "1"]
-    assert "there is no ImageNet at" in sentence(minimax.main, *words[:3], imagenet.root / "train", *words[4:])
+    said = sentence(minimax.main, *words[:3], imagenet.root / "train", *words[4:])
+    assert "there is no ImageNet at" in said
     assert "--root" in sentence(minimax.main, "--data", "imagewoof")
     wnid = SUBSETS["imagewoof"][2]
     (imagenet.root / "train" / wnid / f"{wnid}_3.JPEG").write_bytes(b"\xff\xd8 no picture")

@@ -104,6 +104,41 @@ def test_the_uniform_grid_is_dits():
     assert timesteps(10, "trailing") == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
 
 
+def test_the_stride_grid_is_dits_ddim():
+    assert timesteps(10, "stride") == list(range(900, -1, -100))
+    assert timesteps(50, "stride")[0] == 980 and timesteps(20, "stride")[0] == 950
+    assert timesteps(1000, "stride")[0] == 999
+    with pytest.raises(UserError, match="no whole stride that makes 999 steps"):
+        timesteps(999, "stride")
+
+
+def test_ddpm_on_a_grid_is_ddpm_with_the_grids_betas():
+    """DiT's respacing, spelled out: new betas of the kept times, the network asked at the original times."""
+    abar, times, asked = Schedule().abar, timesteps(7), []
+    kept = abar[times[::-1]]                                       # (7,), rising t
+    betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    noise = torch.randn(8, 2, 1, 2, 2, dtype=torch.float64)
+
+    def crooked(x, t):
+        asked.append(t)
+        return torch.tanh(x) + t / 1000, torch.cos(3 * x)
+    x = noise[0]
+    for k in reversed(range(7)):
+        now = torch.prod(1 - betas[:k + 1])
+        before = torch.prod(1 - betas[:k])                         # 1 for k = 0
+        eps, v = crooked(x, times[::-1][k])
+        x0 = (x - torch.sqrt(1 - now) * eps) / torch.sqrt(now)
+        mean = (betas[k] * torch.sqrt(before) / (1 - now) * x0
+                + (1 - before) * torch.sqrt(1 - betas[k]) / (1 - now) * x)
+        if k > 0:
+            smallest = torch.log(betas[k] * (1 - before) / (1 - now))
+            log_variance = (v + 1) / 2 * torch.log(betas[k]) + (1 - v) / 2 * smallest
+            mean = mean + torch.exp(0.5 * log_variance) * noise[7 - k]
+        x = mean
+    assert torch.allclose(draw_images(crooked, lambda k: noise[k], times, "ddpm"), x, atol=1e-9)
+    assert asked[:7] == asked[7:] == times and times[0] == 999 and times[-1] == 0
+
+
 def network():
     torch.manual_seed(1)
     model = DiT("mini", size=8, patch=2, channels=1, classes=3).eval()
@@ -123,6 +158,22 @@ def test_guidance_one_is_the_conditional_model():
     assert torch.allclose(guide(0), unconditional, atol=1e-6)
     assert torch.allclose(guide(1 + 1e-9), conditional, atol=1e-5)  # the doubled batch agrees with the single
     assert torch.allclose(guide(4), 4 * conditional - 3 * unconditional, atol=1e-5)
+
+
+@torch.no_grad()
+def test_guidance_on_three_channels_leaves_the_fourth_conditional():
+    torch.manual_seed(1)
+    model = DiT("mini", size=8, patch=2, channels=4, classes=3, learned_variance=True)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    torch.nn.init.normal_(model.final_layer.adaLN_modulation[1].weight, std=0.1)
+    x, rows = torch.randn(2, 4, 8, 8), torch.tensor([0, 2])
+    alone = model(x, torch.full((2,), 300.), rows)
+    all_four, logits = sample.guided(model, rows, 3, 4.)(x, 300)
+    three, same = sample.guided(model, rows, 3, 4., channels=3)(x, 300)
+    assert torch.equal(three[:, :3], all_four[:, :3]) and torch.equal(logits, same)
+    assert torch.allclose(three[:, 3], alone[:, 3], atol=1e-5)
+    assert torch.allclose(logits, alone[:, 4:], atol=1e-5)
+    assert not torch.allclose(all_four[:, 3], alone[:, 3], atol=1e-3)
 
 
 def test_an_image_has_its_own_noise_in_any_batch():

@@ -1,0 +1,164 @@
+"""How fast the ImageNet-sized parts are, from random weights of the published shapes, pictures of 256 pixels.
+
+    python benchmarks/imagenet.py                          # DiT-S/2 on a CPU: some minutes
+    python benchmarks/imagenet.py --network XL --batch 100 --compile      # DiT-XL/2 on a GPU
+
+Prints the bfloat16 matrix product; sampling with guidance at 10 and 50 steps, decoding included; a fine-tuning
+step from the latent cache and with the autoencoder in the loop, what the min-max losses cost of it, and on a
+GPU the peak memory. Operations are counted by torch's own flop counter. Appends a row to --out.
+"""
+import argparse
+import json
+import pathlib
+import platform
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from throughput import flops, seconds
+
+from data import RECIPES, device_named, new_parser, one_sentence
+from diffusion import DiT, Plan, Trainer, chosen_bf16, denoising_loss, difffit_parameters
+from minimax import MinMax
+from sample import draw_images, guided, timesteps
+from vae import Autoencoder, Latents
+
+K = 10                                                          # classes
+
+
+def network(name, recipe, device, **more):
+    """A DiT of ImageNet's 1,000 rows, its zeros filled, as published weights would be."""
+    model = DiT(name, recipe.size, recipe.patch, recipe.channels, 1000, learned_variance=True, **more)
+    for layer in (model.final_layer.linear, *(block.adaLN_modulation[1] for block in model.blocks)):
+        torch.nn.init.normal_(layer.weight, std=0.01)
+    return model.to(device)
+
+
+def waiting(work, device):
+    """Seconds that one call of `work` takes, the device's queue emptied before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def sampling(args, recipe, device, autoencoder, product, bf16):
+    """Rows of sampling: images a second, and the share of the matrix product's rate."""
+    model = network(args.network, recipe, device).eval().to(torch.bfloat16 if bf16 else torch.float32)
+    if args.compile:
+        model.compile()
+    rows = torch.arange(args.batch, device=device) % K
+    predict = guided(model, rows, 1000, recipe.guidance)
+    noise = torch.randn(args.batch, recipe.channels, recipe.size, recipe.size, device=device)
+    decode = lambda x: autoencoder.decode(x / x.std())          # random weights overflow what is not unit
+    with torch.no_grad():
+        call, pictures = flops(lambda: predict(noise, 500)), flops(lambda: decode(noise))
+    found = {}
+    for steps in args.steps:
+        draw = lambda steps=steps: decode(draw_images(predict, lambda k: noise, timesteps(steps), "ddpm"))
+        draw()
+        spent = sorted(waiting(draw, device) for _ in range(3))[1]
+        rate = (steps * call + pictures) / spent
+        found[f"{steps} steps"] = {"images_per_second": args.batch / spent, "share": rate / product}
+        print(f"sampling, {steps} steps, batch {args.batch}, guidance, decoded | {args.batch / spent:.2f} images/s"
+              f" | {rate / 1e12:.2f} TFLOP/s, {100 * rate / product:.0f} % of the matrix product")
+    decoding = seconds(lambda: decode(noise), device, rounds=3)
+    print(f"decoding alone | {args.batch / decoding:.2f} images/s | {pictures / decoding / 1e12:.2f} TFLOP/s")
+    return {**found, "decoded_per_second": args.batch / decoding}
+
+
+def tuning(args, recipe, device, autoencoder, product, bf16):
+    """A row of fine-tuning: steps a second from the cache and from pictures, the losses' share, memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = network(args.network, recipe, device, difffit=True)
+    names, B = set(difffit_parameters(model)), recipe.tune_batch
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    model.recompute = args.recompute
+    if args.compile:
+        model.compile()
+    moments = torch.randn(100 * K, 2, 2 * recipe.channels, recipe.size, recipe.size, device=device).half()
+    latents = Latents(moments, torch.arange(100 * K, device=device) % K, [str(c) for c in range(K)])
+    losses = MinMax(recipe.lambda_r, recipe.lambda_d)
+    for c in range(K):
+        for memory in (losses.real, losses.generated):
+            memory.push(c, torch.randn(64, recipe.channels * recipe.size**2, device=device))
+    plan = Plan(steps=10**6, batch=B, lr=1e-4, decay=False, ema=recipe.tune_ema, seed=0, flip=True,
+                warm=False, beta2=.999, bf16=bf16)
+    trainer = Trainer(model, latents, torch.arange(K + 1, device=device), plan, losses)
+    cached = seconds(lambda: trainer.step(0), device, rounds=5, least=1.)
+    done = flops(lambda: trainer.step(0))
+
+    x0 = latents.examples(torch.arange(B, device=device), None, None)
+    labels = torch.randint(K, (B,), generator=torch.Generator().manual_seed(0)).to(device)
+    leaf = x0.clone().requires_grad_()
+
+    def both_losses():
+        total, _ = losses(denoising_loss(lambda x, t, y: leaf * x, trainer.schedule, x0, None,
+                                         torch.full((B,), 500, device=device), x0), x0, labels)
+        total.backward()
+
+    def without():
+        denoising_loss(lambda x, t, y: leaf * x, trainer.schedule, x0, None,
+                       torch.full((B,), 500, device=device), x0).x0_hat.sum().backward()
+    added = seconds(both_losses, device) - seconds(without, device)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    pictures = torch.randn(B, 3, recipe.pixels, recipe.pixels, device=device)
+
+    def with_pictures():
+        autoencoder.encode(pictures)
+        trainer.step(0)
+    slow = seconds(with_pictures, device, rounds=3, least=1.)
+    print(f"fine-tuning, batch {B}, from the cache | {1 / cached:.2f} steps/s | {done / cached / 1e12:.2f} TFLOP/s,"
+          f" {100 * done / cached / product:.0f} % of the matrix product"
+          + (f" | peak memory {peak:.1f} GiB" if peak else ""))
+    print(f"the min-max losses | {1e3 * added:.1f} ms, {100 * added / cached:.1f} % of a step "
+          f"({len(set(labels.tolist()))} classes in the batch)")
+    print(f"the autoencoder in the loop | {1 / slow:.2f} steps/s: the cache is {slow / cached:.1f} times faster")
+    return {"steps_per_second": 1 / cached, "share": done / cached / product, "losses_share": added / cached,
+            "cache_gain": slow / cached, "peak_gib": peak}
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("--network", default="S", choices=("S", "B", "L", "XL"), help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="images drawn at once (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="(default: 10 50)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    parser.add_argument("--recompute", action="store_true", help="fine-tune with block checkpointing")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                        help="bfloat16 arithmetic (default: where it is faster)")
+    parser.add_argument("--out", type=pathlib.Path, help="a .jsonl file to append the figures to")
+    args = parser.parse_args(argv)
+    with one_sentence(parser):
+        device, recipe = device_named(args.device), replace(RECIPES["imagenet"], network=args.network)
+        bf16 = chosen_bf16(args.bf16, device, args.network)
+        torch.manual_seed(0)
+        width = 8192 if device.type == "cuda" else 2048
+        kind = torch.bfloat16 if bf16 else torch.float32
+        a, b = torch.randn(2, width, width, device=device).to(kind)
+        product = 2 * width**3 / seconds(lambda: a @ b, device)
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+        print(f"matrix product, {width} wide, {'bf16' if bf16 else 'fp32'} | {product / 1e12:.2f} TFLOP/s | "
+              f"{where}, torch {torch.__version__}")
+        autoencoder = Autoencoder().to(device, kind).eval()
+        row = {"network": args.network, "batch": args.batch, "bf16": bf16, "compile": args.compile,
+               "recompute": args.recompute, "device": where, "machine": platform.machine(),
+               "torch": torch.__version__, "matrix_tflops": product / 1e12,
+               "sampling": sampling(args, recipe, device, autoencoder, product, bf16),
+               "tuning": tuning(args, recipe, device, autoencoder, product, bf16)}
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What each process of test_many.py runs; no test by itself."""
+import pathlib
+import sys
+
+sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
+
+import conftest
+import torch
+
+import data
+import diffusion
+import minimax
+import sample
+import vae
+
+files, out = conftest.ImageNet(*map(pathlib.Path, sys.argv[1:4])), sys.argv[4]
+for where, name, value in conftest.shrink():
+    where[name] = value
+vae.WIDTHS = conftest.NARROW
+
+with data.many_processes():                                     # one group for all of it
+    base = ["--base", "out/digits/base.safetensors", "--steps", "4"]
+    minimax.main([*base, "--lambda-r", "0", "--lambda-d", "0", "--out", f"{out}/zero"])
+    minimax.main([*base, "--lambda-r", ".1", "--lambda-d", ".1", "--out", f"{out}/both"])
+    sample.main(["--ipc", "3", "--steps", "4", "--batch", "7", "--out", f"{out}/drawn"])
+    sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "7", "--out", f"{out}/budget"])
+    minimax.main(["--data", "imagewoof", "--root", str(files.root), "--vae", str(files.vae), "--steps", "1",
+                  "--out", f"{out}/woof"])
+
+    # the memories after three steps
+    train, losses = data.load("digits").train, minimax.MinMax(.1, .1)
+    torch.manual_seed(0)
+    plan = diffusion.Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
+    model = diffusion.DiT("mini", size=8, patch=2, channels=1, classes=10)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    trainer = diffusion.Trainer(model, train, torch.arange(11), plan, losses)
+    for step in range(3):
+        trainer.step(step)
+    torch.save(losses.state_dict(), f"{out}/memories-{data.rank()}.pt")

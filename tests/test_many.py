@@ -1,0 +1,89 @@
+"""Two processes against one: torchrun on the CPU, both ways through the same script (many.py)."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import conftest
+import diffusion
+import minimax
+import vae
+from data import read_set
+from diffusion import load_tensors
+
+SCRIPT = pathlib.Path(__file__).parent / "many.py"
+
+
+@pytest.fixture(scope="module")
+def both(imagenet_files, tmp_path_factory):
+    """A folder with what one process wrote (one/) and what two wrote (two/)."""
+    home = tmp_path_factory.mktemp("many")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for where, name, value in conftest.shrink():
+            patch.setitem(where, name, value)
+        minimax.main([])                                        # the base, and what is drawn from
+        diffusion.main(["--weights", str(imagenet_files.weights)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for out, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
+                                                "--nproc-per-node=2"])):
+        (home / out).mkdir()
+        done = subprocess.run([sys.executable, *launcher, str(SCRIPT), *map(str, imagenet_files), out],
+                              cwd=home, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (home / f"{out}.txt").write_text(done.stdout)
+    return home
+
+
+def test_without_lambdas_two_processes_follow_one(both):
+    one, two = (load_tensors(both / name / "zero/minimax.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
+    start = load_tensors(both / "out/digits/base.safetensors")
+    name = "y_embedder.embedding_table.weight"
+    assert (one[name] - start[name]).abs().max() > 1e-4          # they did train
+
+
+def test_with_lambdas_each_process_has_its_own_extremum(both):
+    one, two = (load_tensors(both / name / "both/minimax.safetensors") for name in ("one", "two"))
+    assert max((one[key] - two[key]).abs().max() for key in one) > 1e-5
+
+
+def test_the_memories_are_equal_on_all_ranks_and_hold_the_whole_batch(both):
+    first, second = (torch.load(both / f"two/memories-{rank}.pt") for rank in (0, 1))
+    alone = torch.load(both / "one/memories-0.pt")
+    for memory in ("real", "generated"):
+        assert first[memory].keys() == second[memory].keys() == alone[memory].keys()
+        for label, entries in first[memory].items():
+            assert torch.equal(entries, second[memory][label])
+            assert entries.shape == alone[memory][label].shape
+    assert all(torch.equal(entries, alone["real"][label]) for label, entries in first["real"].items())
+
+
+def test_two_processes_draw_the_same_files_as_one(both):
+    one, two = ({path.relative_to(both / name): path.read_bytes()
+                 for path in (both / name / "drawn/distilled").rglob("*.png")} for name in ("one", "two"))
+    assert len(one) == 30 and one == two
+    assert json.loads((both / "two/drawn/distilled.json").read_text())["ipc"] == 3
+
+
+def test_a_budget_ends_for_all_processes_at_once(both):
+    record = json.loads((both / "two/budget/distilled.json").read_text())
+    drawn = read_set(both / "two/budget/distilled")
+    assert drawn.labels.bincount().tolist() == [record["ipc"]] * 10 and record["ipc"] > 0
+
+
+def test_processes_share_the_encoding(both):
+    one, two = (sorted((both / name / "woof/latents").iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 10
+    for here, there in zip(one, two, strict=True):
+        assert torch.equal(load_tensors(here)["moments"], load_tensors(there)["moments"])
+        assert vae.cache_header(here) == vae.cache_header(there)
+
+
+def test_only_the_first_process_speaks(both):
+    said = (both / "two.txt").read_text()
+    assert said.count("min-max | imagewoof") == 1 and "cpu x 2" in said
