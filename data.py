@@ -712,7 +712,7 @@ def main(argv=None):
             print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
-        print(f"-> python diffusion.py{same_data(args, '--recipe')}")
+        print(f"-> python {'minimax' if recipe.weights else 'diffusion'}.py{same_data(args, '--recipe')}")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def encoder_print(autoencoder):
 # ----------------------------------------------------------------------------------------------------
 # 3. Pixels or latents: what the other stages see
 #
-# Training wants `examples`, sampling a `decode`. Recipes that draw pixels get their pictures, and the identity.
+# Training wants `examples`, sampling a `decode`. Recipes that draw pixels get their pictures and the identity.
 
 
 class Latents(NamedTuple):
@@ -365,7 +365,7 @@ def encode_twice(autoencoder, images, chunk=8):
     device, rows = next(autoencoder.parameters()).device, []
     for part in images.split(chunk):
         x = to_float(part.to(device))
-        both = [torch.cat(autoencoder.encode(side), dim=1) for side in (x, x.flip(3))]   # 2 of (b, 8, h, w)
+        both = [torch.cat(autoencoder.encode(side), dim=1) for side in (x, x.flip(3))]  # (b, 8, h, w)
         rows.append(torch.stack(both, dim=1).half().cpu())
     return torch.cat(rows)
 

@@ -3,9 +3,9 @@
     python benchmarks/imagenet.py                          # DiT-S/2 on a CPU: some minutes
     python benchmarks/imagenet.py --network XL --batch 100 --compile      # DiT-XL/2 on a GPU
 
-Prints the bfloat16 matrix product; sampling with guidance at 10 and 50 steps, decoding included; a fine-tuning
-step from the latent cache and with the autoencoder in the loop, what the min-max losses cost of it, and on a
-GPU the peak memory. Operations are counted by torch's own flop counter. Appends a row to --out.
+Prints the matrix product; sampling with guidance at 10 and 50 steps, decoding included; a fine-tuning step
+from the latent cache and with the autoencoder in the loop, what the min-max losses cost of it, and on a GPU
+the peak memory. Operations are counted by torch's own flop counter. Appends a row to --out.
 """
 import argparse
 import json
@@ -66,8 +66,9 @@ def sampling(args, recipe, device, autoencoder, product, bf16):
         spent = sorted(waiting(draw, device) for _ in range(3))[1]
         rate = (steps * call + pictures) / spent
         found[f"{steps} steps"] = {"images_per_second": args.batch / spent, "share": rate / product}
-        print(f"sampling, {steps} steps, batch {args.batch}, guidance, decoded | {args.batch / spent:.2f} images/s"
-              f" | {rate / 1e12:.2f} TFLOP/s, {100 * rate / product:.0f} % of the matrix product")
+        print(f"sampling, {steps} steps, batch {args.batch}, guidance, decoded | "
+              f"{args.batch / spent:.2f} images/s | {rate / 1e12:.2f} TFLOP/s, "
+              f"{100 * rate / product:.0f} % of the matrix product")
     decoding = seconds(lambda: decode(noise), device, rounds=3)
     print(f"decoding alone | {args.batch / decoding:.2f} images/s | {pictures / decoding / 1e12:.2f} TFLOP/s")
     return {**found, "decoded_per_second": args.batch / decoding}
@@ -116,22 +117,24 @@ def tuning(args, recipe, device, autoencoder, product, bf16):
         autoencoder.encode(pictures)
         trainer.step(0)
     slow = seconds(with_pictures, device, rounds=3, least=1.)
-    print(f"fine-tuning, batch {B}, from the cache | {1 / cached:.2f} steps/s | {done / cached / 1e12:.2f} TFLOP/s,"
-          f" {100 * done / cached / product:.0f} % of the matrix product"
+    print(f"fine-tuning, batch {B}, from the cache | {1 / cached:.2f} steps/s | "
+          f"{done / cached / 1e12:.2f} TFLOP/s, {100 * done / cached / product:.0f} % of the matrix product"
           + (f" | peak memory {peak:.1f} GiB" if peak else ""))
     print(f"the min-max losses | {1e3 * added:.1f} ms, {100 * added / cached:.1f} % of a step "
           f"({len(set(labels.tolist()))} classes in the batch)")
-    print(f"the autoencoder in the loop | {1 / slow:.2f} steps/s: the cache is {slow / cached:.1f} times faster")
+    print(f"the autoencoder in the loop | {1 / slow:.2f} steps/s: "
+          f"the cache is {slow / cached:.1f} times faster")
     return {"steps_per_second": 1 / cached, "share": done / cached / product, "losses_share": added / cached,
             "cache_gain": slow / cached, "peak_gib": peak}
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    parser.add_argument("--network", default="S", choices=("S", "B", "L", "XL"), help="(default: %(default)s)")
+    parser.add_argument("--network", default="S", choices=("S", "B", "L", "XL"),
+                        help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images drawn at once (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="(default: 10 50)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: the fastest here)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
     parser.add_argument("--recompute", action="store_true", help="fine-tune with block checkpointing")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
@@ -146,7 +149,8 @@ def main(argv=None):
         kind = torch.bfloat16 if bf16 else torch.float32
         a, b = torch.randn(2, width, width, device=device).to(kind)
         product = 2 * width**3 / seconds(lambda: a @ b, device)
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+        cores = f"{torch.get_num_threads()} CPU cores"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else cores
         print(f"matrix product, {width} wide, {'bf16' if bf16 else 'fp32'} | {product / 1e12:.2f} TFLOP/s | "
               f"{where}, torch {torch.__version__}")
         autoencoder = Autoencoder().to(device, kind).eval()

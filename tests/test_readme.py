@@ -3,6 +3,7 @@ import json
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -14,12 +15,13 @@ import memory
 import minimax
 import sample
 import train_eval
+import vae
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 README = (ROOT / "README.md").read_text()
 MAINS = {module.__name__: module
-         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval)}
+         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval, vae)}
 
 
 def commands():
@@ -37,7 +39,8 @@ def commands():
 def test_every_command_parses(script, words, monkeypatch):
     assert (ROOT / script).is_file()
     if script.startswith("benchmarks/"):
-        assert set(words) <= {"--tables"}
+        said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+        assert {word for word in words if word.startswith("-")} <= set(re.findall(r"--[\w-]+", said))
         return
     monkeypatch.setattr(MAINS[script[:-3]], "one_sentence", stop)  # the driver stops once arguments are read
     with pytest.raises(Parsed):
@@ -65,12 +68,14 @@ def test_every_row_was_run_five_times_by_the_judge_it_names():
 
 
 def test_links_lead_somewhere():
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+                for line in re.findall(r"^#+ (.*)", README, re.M)}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
 
 
 def test_a_file_imports_only_files_above_it():
-    order = ["data", "memory", "convnet", "diffusion", "train_eval", "minimax", "sample"]
+    order = ["data", "memory", "convnet", "vae", "diffusion", "train_eval", "minimax", "sample"]
     for k, name in enumerate(order):
         text = (ROOT / f"{name}.py").read_text()
         assert set(re.findall(r"^from (\w+) import", text, re.M)) & set(order) <= set(order[:k])
