@@ -423,8 +423,9 @@ def rows_of(header, classes, path):
     if strange:
         raise UserError(f"{path} knows the {len(header['classes'])} classes of {header['data']}, "
                         f"but not {strange[0]}")
-    position = {name: row for name, row in zip(header["classes"], header["rows"], strict=False)}
-    return [*(position[name] for name in classes), header["rows"][-1]]
+    *rows, none = header["rows"]
+    row = dict(zip(header["classes"], rows, strict=True))
+    return [*(row[name] for name in classes), none]
 
 
 # ----------------------------------------------------------------------------------------------------

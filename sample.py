@@ -43,21 +43,21 @@ def timesteps(steps, grid="uniform"):
     """S distinct timesteps, falling; all grids but stride start at T - 1, where x_t is noise.
 
     uniform: T - 1 to 0 in equal steps (DiT's respacing "S"). quadratic: equal in sqrt(t), denser near the
-    image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024). stride: every whole number
-    of steps from 0 up (DiT's "ddimS"; starts at 900 for S = 10).
+    image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024). stride: whole strides
+    from 0 up (DiT's respacing "ddimS"; 0 to 900 for S = 10).
     Raises UserError where steps is outside 1..T, or where no stride makes just as many. One step starts, and
     ends, at t = 999.
     """
     T = Schedule.T
     if not 1 <= steps <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {steps}")
+    if steps == 1:
+        return [T - 1]
     if grid == "stride":
         fits = [s for s in range(1, T + 1) if len(range(0, T, s)) == steps]
         if not fits:
             raise UserError(f"--grid stride has no whole stride that makes {steps} steps of {T}")
         return list(range(0, T, fits[0]))[::-1]
-    if steps == 1:
-        return [T - 1]
     if grid == "uniform":
         times = [round(k * (T - 1) / (steps - 1)) for k in range(steps)]
     elif grid == "quadratic":
@@ -454,6 +454,14 @@ def load_phases(paths, name, device):
     return model, header, phases
 
 
+@torch.no_grad()
+def lay_over(model, tensors):
+    """Copies {name: tensor} into the model's parameters of those names; the others stay the base's."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+
+
 def of_first(make):
     """What make() returns on the first process, on all."""
     values = [make() if rank() == 0 else None]
@@ -500,19 +508,19 @@ def run(args, typed):
         return
 
     def draw(items):
+        """(label, index) of n images -> (n, C, H, W) uint8, each class by its own phase."""
         x = torch.empty(len(items), config["channels"], config["size"], config["size"], device=device)
         for first, last, tensors in phases:
             mine = [i for i, (label, _) in enumerate(items) if first <= label <= last]
             if not mine:
                 continue
-            if tensors:
-                model.load_state_dict(tensors, strict=False)    # the rest is the base's, and stays
-            chosen = [items[i] for i in mine]
-            rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)
-            noise = image_noise(args.seed, [(classes[label], index) for label, index in chosen],
-                                x.shape[1:], device)
+            lay_over(model, tensors)
+            labels = [items[i][0] for i in mine]
+            rows = torch.tensor([header["rows"][label] for label in labels], device=device)
+            names = [(classes[label], items[i][1]) for i, label in zip(mine, labels, strict=True)]
             predict = guided(model, rows, header["rows"][-1], guidance, args.cfg_channels)
-            x[mine] = draw_images(predict, noise, times, args.sampler, args.eta)
+            x[mine] = draw_images(predict, image_noise(args.seed, names, x.shape[1:], device), times,
+                                  args.sampler, args.eta)
         x = decode(x)
         if not x.isfinite().all():
             raise UserError(f"{source} draws images that are not finite: a smaller --guidance may help")

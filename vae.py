@@ -288,7 +288,7 @@ def encoder_print(autoencoder):
 # ----------------------------------------------------------------------------------------------------
 # 3. Pixels or latents: what the other stages see
 #
-# Training wants `examples`, sampling a `decode`. Recipes that draw pixels get their pictures and the identity.
+# Training wants `examples`, sampling a `decode`. For pixels they are the pictures and the identity.
 
 
 class Latents(NamedTuple):

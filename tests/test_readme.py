@@ -39,7 +39,7 @@ def commands():
 def test_every_command_parses(script, words, monkeypatch):
     assert (ROOT / script).is_file()
     if script.startswith("benchmarks/"):
-        said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+        said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).stdout.decode()
         assert {word for word in words if word.startswith("-")} <= set(re.findall(r"--[\w-]+", said))
         return
     monkeypatch.setattr(MAINS[script[:-3]], "one_sentence", stop)  # the driver stops once arguments are read

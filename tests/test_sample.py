@@ -87,6 +87,7 @@ def test_the_learned_variance_lies_between_the_posteriors_and_beta():
 
 
 def test_one_step_starts_at_t_999():
+    assert timesteps(1, "stride") == [999]
     for grid in ("uniform", "quadratic", "trailing"):
         assert timesteps(1, grid) == [999]
         for steps in (2, 10, 333, 1000):
