@@ -17,11 +17,13 @@ import argparse
 import datetime
 import errno
 import hashlib
+import http.client
 import os
 import pathlib
 import re
 import shlex
 import sys
+import urllib.request
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -60,7 +63,9 @@ def one_sentence(parser):
                        "and the same command goes on\n")
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:                # torch has a class of its own on GPUs only
+        if not re.search("^$|out of memory|can't allocate memory", str(error)):
+            raise
         known = parser.format_help()
         helps = [flag for flag in ("--recompute", "--batch", "--bf16") if f"{flag} " in known]
         parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(helps) or 'a smaller set'} "
@@ -101,9 +106,12 @@ def device_named(name):
     if kind == "mps" and not has_mps:
         raise UserError("--device mps was asked for, but there is none here; try --device cpu")
     if kind == "cuda":
+        if ":" in name and world() > 1:
+            raise UserError(f"--device {name} puts all processes on one GPU; --device cuda: each on its own")
         index = name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU each
         if not index.isdigit() or int(index) >= torch.cuda.device_count():
             raise UserError(f"--device {name} was asked for, but there is none here; try --device cpu")
+        torch.cuda.set_device(int(index))
         return torch.device(kind, int(index))
     return torch.device(name)
 
@@ -144,8 +152,7 @@ class ImageSet(NamedTuple):
 
 
 class ImageFiles(NamedTuple):
-    """An ImageSet too large for memory: N paths in place of images, which read() decodes to
-    (channels, size, size).
+    """An ImageSet still on disk: N paths in place of images, which read() decodes to (channels, size, size).
 
     labels: (N,) int64 in 0..K-1. classes: list of K names, in label order.
     """
@@ -181,7 +188,7 @@ class ImageFiles(NamedTuple):
             raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
                             "--skip-broken leaves them out)")
         for error in broken:
-            print(f"left out: {error}")
+            print(f"left out: {error}", file=sys.stderr)
         whole = torch.tensor([isinstance(image, torch.Tensor) for image in images])
         images = [image for image in images if isinstance(image, torch.Tensor)]
         if len({image.shape for image in images}) > 1:
@@ -204,15 +211,16 @@ def fingerprint(tensors):
 def data_print(train, times=False):
     """A fingerprint of a set: images, labels and classes; of files their names, sizes and (on demand) times.
 
-    Other pictures are other settings.
+    It stands among a run's settings, so that a run on other pictures is never taken for this one.
     """
+    facts = [train.classes]
     if isinstance(train, ImageFiles):
-        facts = [(f"{file.parent.name}/{file.name}", file.stat().st_size, file.stat().st_mtime_ns * times)
-                 for file in train.files]
-        text = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        for file in train.files:
+            found = file.stat()
+            facts.append((file.parent.name, file.name, found.st_size, found.st_mtime_ns if times else None))
     else:
-        text = fingerprint({"images": train.images, "labels": train.labels})
-    return text + " " + " ".join(train.classes)[:60]
+        facts.append(fingerprint({"images": train.images, "labels": train.labels}))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] + " " + " ".join(train.classes)[:60]
 
 
 def to_float(images):
@@ -267,16 +275,21 @@ def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
         found = read_npz(path, size, channels)
     else:
         found = list_folder(path, size, channels).read(skip_broken)
-    if classes is not None and sorted(found.classes) != sorted(classes):
-        lost, extra = sorted(set(classes) - set(found.classes)), sorted(set(found.classes) - set(classes))
-        raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
     classes = list(classes or found.classes)
+    check_classes(found.classes, classes, path)
     position = torch.tensor([classes.index(name) for name in found.classes])
     found = ImageSet(found.images, position[found.labels], classes)
     empty = [classes[c] for c in range(len(classes)) if not (found.labels == c).any()]
     if empty:
         raise UserError(f"{path} has no images of {', '.join(empty)}")
     return found
+
+
+def check_classes(found, wanted, path):
+    """Refuses a folder that lacks a class of the data set or has another one."""
+    lost, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if lost or extra:
+        raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
 
 
 def list_folder(path, size, channels, classes=None):
@@ -288,7 +301,8 @@ def list_folder(path, size, channels, classes=None):
         raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        found = sorted(file for file in (path / name).rglob("[!.]*")
+                       if file.suffix.lower() in SUFFIXES and file.is_file())
         if not found:
             raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
         files += found
@@ -331,7 +345,7 @@ def write_png(path, image):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the other files take from the data set. Times are those of two CPU cores."""
+    """All that the other files take from the data set."""
     size: int                  # of what the diffusion model draws: pixels, or latent cells (8 pixels each)
     channels: int              # 1 or 3; of latents 4
     latents: bool              # whether it draws latents, which the autoencoder (vae.py) turns into pictures
@@ -359,8 +373,8 @@ class Recipe:
     augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"
     mean: tuple                # the judge sees (pixel / 255 - mean) / std
     std: tuple
-    epochs: int                # of the judge on a small set; on a large one fewer, so that it sees about
-    views: int                 # this many images in all
+    epochs: int                # of the judge, at most (challenge; gu has a table of its own)
+    views: int                 # images it sees in all, at most: large sets get fewer epochs
 
     @property
     def pixels(self):
@@ -400,7 +414,7 @@ RECIPES = {
         tune_steps=0, tune_epochs=8, tune_batch=8, tune_lr=1e-3, tune_beta2=.999,
         tune_ema=.9999, tune_warm=False, lambda_r=.002, lambda_d=.008, guidance=4., flip=True,
         net="resnetap10", judge_size=224, protocol="gu", augment="",
-        mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=10**9),
+        mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=4_000_000),
 }
 RECIPES["imagenet512"] = replace(RECIPES["imagenet"], size=64, weights="DiT-XL-2-512x512")
 
@@ -416,8 +430,8 @@ class Data(NamedTuple):
     """
     name: str
     recipe: Recipe
-    train: ImageSet
-    test: ImageSet
+    train: ImageSet | ImageFiles
+    test: ImageSet | ImageFiles
     cut: str
 
 
@@ -489,9 +503,12 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
     Raises UserError where there is no such data set, folder or recipe, or where a split lacks a class.
     """
     name = data_name(data, root, validation)
-    recipe = RECIPES[recipe or ("imagenet" if data in SUBSETS else data if data in RECIPES else "folder")]
+    own = "digits" if data == "digits" else "imagenet" if data in SUBSETS else "folder"
+    recipe = RECIPES[recipe or own]
     split_name = ""
     if data == "digits":
+        if recipe.latents:
+            raise UserError("digits are drawn as pixels: choose another --recipe")
         train, test = digits(recipe)
     elif data in SUBSETS:
         train, test, split_name = imagenet(data, root, recipe)
@@ -501,6 +518,8 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
         raise UserError(f"{name} has one class only ({train.classes[0]}); a classifier needs two")
     if validation:
         train, test = split(train, .2)
+    if not recipe.latents:                                      # pixels are learned from memory
+        train, test = train.read(skip_broken), test.read(skip_broken)
     cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"
     return Data(name, recipe, train, test, cut)
 
@@ -534,10 +553,10 @@ def folder(root, recipe, skip_broken=False):
 
     Two ImageSets; two ImageFiles where the recipe draws latents, whose pictures are large.
     """
-    def part(path, classes=None):
+    def part(path):
         if recipe.latents:
-            return list_folder(path, recipe.pixels, recipe.colours, classes)
-        return read_set(path, recipe.pixels, recipe.colours, classes, skip_broken)
+            return list_folder(path, recipe.pixels, recipe.colours)
+        return read_set(path, recipe.pixels, recipe.colours, skip_broken=skip_broken)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if (root / "train").is_dir():
@@ -545,7 +564,9 @@ def folder(root, recipe, skip_broken=False):
         held = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
         if held is None:
             raise UserError(f"{root}/train needs {root}/test or {root}/val beside it")
-        return train, part(held, train.classes)
+        test = part(held)
+        check_classes(test.classes, train.classes, held)
+        return train, test
     print(f"{root} has no train/ and test/: a fixed fifth of it is held back to test on")
     return split(part(root), .2)
 
@@ -554,8 +575,8 @@ def imagenet(name, root, recipe):
     """ROOT/train/<wnid>/*.JPEG and ROOT/val/<wnid>/*.JPEG: ImageNet's folders, or fastai's archive of some.
 
     (train, test, which split in words): ImageFiles of the subset's classes, whatever else lies there. The two
-    sources are different data sets: ImageWoof has 12,454 training images in ImageNet (Gu et al. 2024), and
-    9,025 in fastai's archive, which mixes both of ImageNet's splits and cuts them anew.
+    sources are different data sets: ImageWoof has 12,454 training images in ImageNet, and 9,025 in fastai's
+    archive, which mixes both of ImageNet's splits and cuts them anew.
     """
     if root is None:
         raise UserError(f"--data {name} needs --root DIR, a folder with ImageNet's train/ and val/ in it")
@@ -599,10 +620,12 @@ def many_processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes are too many for {gpus} GPUs: lower "
+                        "--nproc-per-node")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             timeout=datetime.timedelta(hours=2))            # some wait while one encodes
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
@@ -617,11 +640,13 @@ def fetch(url, name, flag):
     """
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.is_file() and rank() == 0:
-        print(f"fetching {url}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=True)
-        except (OSError, RuntimeError) as error:                # no network, no such file, another length
+            with replacing(path) as temporary, tqdm(desc=f"fetching {name}", unit="B", unit_scale=1) as bar:
+                def advance(blocks, size, total):
+                    bar.total = total
+                    bar.update(blocks * size - bar.n)
+                urllib.request.urlretrieve(url, temporary, advance)
+        except (OSError, http.client.HTTPException) as error:   # no network, no such file, a cut-off one
             raise UserError(f"cannot fetch {url} ({error}): download it elsewhere and point {flag} "
                             "at the file") from error
     barrier()
@@ -646,10 +671,10 @@ FLAGS = {
     "overwrite": dict(action="store_true", help="replace what other settings made"),
     "skip-broken": dict(action="store_true", help="leave out images that cannot be read (they are named)"),
     "vae": dict(default="ema", metavar="ema|mse|FILE",
-                help="the autoencoder, where the recipe draws latents: one of stabilityai's two, fetched "
-                     "once, or a file (default: %(default)s)"),
+                help="what encodes pictures, where the recipe draws latents: one of stabilityai's two "
+                     "autoencoders, fetched once, or a file (default: %(default)s)"),
     "bf16": dict(action=argparse.BooleanOptionalAction,
-                 help="bfloat16 arithmetic (default: where it is faster)"),
+                 help="bfloat16 arithmetic, one of a run's settings (default: where it is faster)"),
     "compile": dict(action="store_true",
                     help="torch.compile the network: slower for a minute, then faster"),
 }
@@ -684,7 +709,8 @@ def new_parser(doc):
 def command(file, argv=None):
     """The command as typed from the repository's root, for the records that are kept: no absolute path."""
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = [os.path.relpath(word) if os.path.isabs(word) else word for word in words]
+    words = [re.sub(r"^(--[\w-]+=)?(/.*)", lambda found: (found[1] or "") + os.path.relpath(found[2]), word)
+             for word in words]
     return shlex.join(["python", pathlib.Path(file).name, *words])
 
 
@@ -712,7 +738,8 @@ def main(argv=None):
             print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
-        print(f"-> python {'minimax' if recipe.weights else 'diffusion'}.py{same_data(args, '--recipe')}")
+        print(f"-> python {'minimax' if recipe.weights else 'diffusion'}.py{same_data(args, '--recipe')}"
+              + " --skip-broken" * args.skip_broken)
 
 
 if __name__ == "__main__":

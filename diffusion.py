@@ -4,7 +4,7 @@
     L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to name the noise it sees
 
     python diffusion.py        # 1,257 digits, 1.3M parameters: 4.5 minutes on two CPU cores
-    python diffusion.py --data imagewoof --weights DiT-XL-2-256x256.pt   # or takes a base published by others
+    python diffusion.py --weights DiT-XL-2-256x256.pt       # or takes, for ImageNet, what others published
 
 Writes out/digits/base.safetensors (the averaged weights, with all it takes to rebuild the network) and
 base.log.jsonl. Interrupted, it goes on where it stopped; on a CPU the final weights are the same to the bit.
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import (RECIPES, UserError, add_flags, barrier, check_settings, command, data_print, device_named,
                   fetch, fingerprint, gains_from_bf16, imagenet_classes, load, many_processes, new_parser,
                   one_sentence, rank, replacing, same_data, world)
-from vae import prepared
+from vae import prepared, source_name
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule and the forward process
@@ -48,8 +48,8 @@ class Schedule:
     abar: (T,) float64 on the CPU, from 0.9999 (t = 0, one step of noise) down to 4e-5 (t = 999, all noise).
     Our t is Ho et al.'s t - 1; x_0 in equations is the clean image.
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
-    reverse: (4, T) float32 on `device`, what `posterior` says of each step t -> t - 1, variance and beta as
-    logarithms; the variance of t = 0 is zero and takes that of t = 1 in its place.
+    posterior: (4, T) float32 on `device`, of each step t -> t - 1 what `posterior` says: a, b, log variance,
+    log beta. The variance of t = 0 is zero and takes that of t = 1 in its place.
     """
     T = 1000
 
@@ -59,7 +59,7 @@ class Schedule:
         self.noise = (1 - self.abar).sqrt().float().to(device)
         a, b, variance, beta = posterior(self.abar, F.pad(self.abar[:-1], (1, 0), value=1.0))
         variance[0] = variance[1]
-        self.reverse = torch.stack([a, b, variance.log(), beta.log()]).float().to(device)
+        self.posterior = torch.stack([a, b, variance.log(), beta.log()]).float().to(device)
 
     def at(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
@@ -282,7 +282,7 @@ def denoising_loss(model, schedule, x0, y, t, eps):
 
     x0, eps (B, C, H, W); y (B,) label rows; t (B,) int64 in 0..999. x0_hat is neither clipped nor detached:
     the min-max losses send their gradient through it. Where the model learns its variance, the variational
-    bound is added with weight 1, as DiT was trained; only the variance feels it.
+    bound is added with weight 1, as DiT was trained; its gradient enters by the variance channels alone.
     """
     xt = schedule.q_sample(x0, t, eps)
     out = model(xt, t.float(), y)
@@ -294,12 +294,12 @@ def denoising_loss(model, schedule, x0, y, t, eps):
 
 
 def variational_bound(schedule, x0, xt, t, eps_hat, logits):
-    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), at t = 0 -log p(x_0 | x_1): bits a dimension, (B,).
+    """KL(q(x_prev | x_t, x_0) || p(x_prev | x_t)), at t = 0 -log p(x_0 | x_t): bits a dimension, (B,).
 
     Nichol & Dhariwal 2021, eq. 4 to 6 and 16. DiT takes the bins of 8-bit pixels at t = 0 for latents, too,
     where they mean nothing; kept, since the published weights were made with it.
     """
-    a, b, log_variance, log_beta = schedule.reverse[:, t].view(4, -1, 1, 1, 1)  # 4 of (B, 1, 1, 1)
+    a, b, log_variance, log_beta = schedule.posterior[:, t].view(4, -1, 1, 1, 1)  # 4 of (B, 1, 1, 1)
     mean = a * schedule.x0_from_eps(xt, t, eps_hat) + b * xt
     learned = learned_log_variance(logits, log_variance, log_beta)
     bound = torch.where((t == 0).view(-1, 1, 1, 1), discretised_nll(x0, mean, learned),
@@ -354,7 +354,10 @@ def save_checkpoint(path, tensors, header):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {**header, "fingerprint": fingerprint(tensors)}
     with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={"nanodd": json.dumps(header)}))
+        try:                                                    # from the tensors to the disk, without a copy
+            safetensors.torch.save_file(tensors, temporary, metadata={"nanodd": json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
 
 
 def read_header(path):
@@ -439,10 +442,12 @@ def read_published(path):
 
     The size is read off the shapes. Raises UserError where the file is no such thing.
     """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"there is no file {path}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold one
             state = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = state.get("ema", state)
+        tensors = {name: tensor.float() for name, tensor in state.get("ema", state).items()}
         patches, table = tensors["x_embedder.proj.weight"], tensors["y_embedder.embedding_table.weight"]
         width, channels, patch, _ = patches.shape
         tokens, outputs = tensors["pos_embed"].shape[1], len(tensors["final_layer.linear.weight"])
@@ -450,7 +455,8 @@ def read_published(path):
         network = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
     except Exception as error:                                  # a damaged pickle may raise anything
         raise UserError(f"{path} holds no DiT weights as they are published ({type(error).__name__}: "
-                        f"{str(error)[:80]})") from error
+                        f"{str(error)[:80]}); one that was fetched is fetched again once it is "
+                        "deleted") from error
     return tensors, {"network": network, "size": patch * math.isqrt(tokens), "patch": patch,
                      "channels": channels, "classes": len(table) - 1,
                      "learned_variance": outputs == 2 * channels * patch**2}
@@ -467,27 +473,32 @@ def import_weights(recipe, file, typed, overwrite=False):
     file: the .pt; None fetches it once. Raises UserError where its size is not the recipe's.
     """
     path = published_base(recipe)
-    settings = {"weights": recipe.weights, "file": pathlib.Path(file).name if file else None}
-    if finished(path, settings, overwrite):
-        return path
     file = file or fetch(PUBLISHED.format(recipe.weights), f"{recipe.weights}.pt",
                          "python diffusion.py --weights")
+    if rank() == 0:                                             # 2.7 GB in memory once, not once a process
+        convert(recipe, pathlib.Path(file), path, typed, overwrite)
+    barrier()
+    return path
+
+
+def convert(recipe, file, path, typed, overwrite):
+    """Reads the .pt `file` and writes the base checkpoint `path`."""
     tensors, config = read_published(file)
+    settings = {"weights": recipe.weights, "fingerprint": fingerprint(tensors)}
+    if finished(path, settings, overwrite):
+        return
     wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
     other = [f"{key} {config[key]}, not {wanted[key]}" for key in wanted if config[key] != wanted[key]]
     if other:
         raise UserError(f"{file} is of another size than the recipe {recipe.weights} ({', '.join(other)}): "
                         "choose another --recipe")
-    rebuild(config, tensors, file)                              # refuses what does not fit
+    rebuild(config, tensors, file)                              # only to refuse what does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
               "cut": "published weights", "classes": imagenet_classes(), "phase": [0, 999],
               "rows": list(range(1001)), "guidance": recipe.guidance, "settings": settings, "command": typed,
               "step": 0}
-    if rank() == 0:
-        save_checkpoint(path, tensors, header)
-    barrier()
+    save_checkpoint(path, tensors, header)
     print(f"{file} -> {path}")
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -512,19 +523,19 @@ def draw(train, batch, step, seed, flip, rows):
     """All that is random in a training step, as a function of (seed, step): nothing to save or restore.
 
     train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table rows of the classes, "no class"
-    last. Returns x0 (B, C, H, W) in [-1, 1], labels (B,), y (B,) rows of which one in ten says "no class",
-    t (B,) in 0..999, eps (B, C, H, W).
+    last. Returns x0 (B, C, H, W), y (B,) rows of which one in ten says "no class", t (B,) in 0..999,
+    eps (B, C, H, W).
     """
     device = train.labels.device
     chance = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**32)
     index = batch_index(len(train.labels), batch, step, seed).to(device)
     mirrored = torch.rand(batch, generator=chance, device=device) < 0.5 if flip else None
-    x0, labels = train.examples(index, mirrored, chance), train.labels[index]
+    x0 = train.examples(index, mirrored, chance)
     dropped = torch.rand(batch, generator=chance, device=device) < 0.1
-    y = torch.where(dropped, rows[-1], rows[labels])
+    y = torch.where(dropped, rows[-1], rows[train.labels[index]])
     t = torch.randint(Schedule.T, (batch,), generator=chance, device=device)
     eps = torch.randn(x0.shape, generator=chance, device=device)
-    return x0, labels, y, t, eps
+    return x0, y, t, eps
 
 
 class Plan(NamedTuple):
@@ -538,7 +549,8 @@ class Plan(NamedTuple):
     flip: bool
     beta2: float = 0.99       # of AdamW; in short runs the second moment must catch up with the gradients
     warm: bool = True         # whether the average warms up
-    bf16: bool = False        # bfloat16 products under autocast; the weights that are trained stay float32
+    # bfloat16 products under autocast, where Gu et al. had float32 (TF32); what is trained stays float32
+    bf16: bool = False
 
     def lr_at(self, step):
         """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
@@ -554,21 +566,22 @@ class Trainer:
 
     train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table row of each class, "no class"
     last. extra: None, or the min-max losses, extra(denoised, x0, labels) -> (scalar to add to L_diff,
-    {name: number}), with a state of its own. Of many processes each works on its share of the batch.
-    Raises UserError where the batch does not divide.
+    {name: number}), with a state of its own; labels (list) are those of the whole batch. Of many processes
+    each works on its share of the batch. Raises UserError where the batch does not divide.
     """
 
     def __init__(self, model, train, rows, plan, extra=None):
         if plan.batch % world():
-            raise UserError(f"a batch of {plan.batch} does not divide over {world()} processes")
+            raise UserError(f"a batch of {plan.batch} does not divide over {world()} processes: take a "
+                            "multiple")
         self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
-        self.schedule = Schedule(train.labels.device)
+        self.schedule, self.labels = Schedule(train.labels.device), train.labels.cpu()
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
         self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, plan.beta2),
                                            weight_decay=0.0, fused=True)
-        if plan.bf16:                                           # what autocast would do in every step anyway
-            for p in model.parameters():
+        if plan.bf16:                                           # cast once what autocast would cast each
+            for p in model.parameters():                        # time, and hold half; positions are but added
                 if not p.requires_grad and p is not model.pos_embed:
                     p.data = p.data.bfloat16()
         self.network = model if world() == 1 else DistributedDataParallel(model)
@@ -582,10 +595,11 @@ class Trainer:
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
         plan, share = self.plan, self.plan.batch // world()
         drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
-        x0, labels, y, t, eps = (part[rank() * share:][:share] for part in drawn)
+        x0, y, t, eps = (part[rank() * share:][:share] for part in drawn)
         denoised = denoising_loss(self.predict, self.schedule, x0, y, t, eps)
         total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
         if self.extra is not None:
+            labels = self.labels[batch_index(len(self.labels), plan.batch, step, plan.seed)].tolist()
             added, terms = self.extra(denoised, x0, labels)
             total, report = total + added, {**report, **terms}
         for group in self.optimizer.param_groups:
@@ -632,18 +646,18 @@ def fit(trainer, path, header, overwrite=False):
             start, seconds, sums, log = state["step"], state["seconds"], state["sums"], state["log"]
             trainer.load_state_dict(state["trainer"])
             print(f"going on from step {start}")
+        del state                                               # it is as large as what it restored
     line_every = max(1, plan.steps // 10)
     saved, save_cost = time.monotonic(), 0.0
     began = saved - seconds
-    quiet = True if rank() else None                            # None: a bar on terminals only
-    with tqdm(total=plan.steps, initial=start, disable=quiet, leave=False, unit="step") as bar:
+    with tqdm(total=plan.steps, initial=start, disable=rank() > 0 or None, leave=False, unit="step") as bar:
         for step in range(start, plan.steps):
             for name, value in trainer.step(step).items():
                 sums[name] = sums.get(name, 0.0) + value
             bar.update()
             done, now = step + 1, time.monotonic()
             line_due = done % line_every == 0 or done == plan.steps
-            save_due = now - saved > max(SAVE_EVERY, 20 * save_cost) and done < plan.steps
+            save_due = rank() == 0 and done < plan.steps and now - saved > max(SAVE_EVERY, 20 * save_cost)
             if not line_due and not save_due:
                 continue
             if line_due and world() > 1:
@@ -666,7 +680,7 @@ def fit(trainer, path, header, overwrite=False):
                 if rank() == 0:
                     with replacing(path.with_suffix(".log.jsonl")) as temporary:
                         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
-            if save_due and rank() == 0:
+            if save_due:
                 save_state(resume, {"step": done, "seconds": now - began, "settings": header["settings"],
                                     "sums": sums, "log": log, "trainer": trainer.state_dict()})
                 saved = time.monotonic()
@@ -711,8 +725,8 @@ def finished(path, settings, overwrite):
 
 
 def chosen_bf16(asked, device, network):
-    """Whether to work in bfloat16: as asked, or where it is faster, which small networks are not."""
-    return gains_from_bf16(device) and SIZES[network][1] >= 192 if asked is None else asked
+    """Whether to work in bfloat16: as asked, or where it is faster, which narrow networks are not."""
+    return (gains_from_bf16(device) and SIZES[network][1] >= 192) if asked is None else asked
 
 
 def train_base(data, path, *, steps, seed, device, vae="ema", bf16=None, compiled=False, skip_broken=False,
@@ -723,10 +737,11 @@ def train_base(data, path, *, steps, seed, device, vae="ema", bf16=None, compile
               "channels": recipe.channels, "classes": len(classes)}
     plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
                 flip=recipe.flip, bf16=chosen_bf16(bf16, device, recipe.network))
-    settings = {**config, **plan._asdict(), "data": data_print(data.train)}
+    settings = {**config, **plan._asdict(), "data": data_print(data.train),
+                "encoder": source_name(vae) if recipe.latents else None}
     if finished(path, settings, overwrite):
         return
-    train = prepared(data, path.parent, vae, device, skip_broken, overwrite)
+    train = prepared(data, vae, device, skip_broken, overwrite)
     torch.manual_seed(seed)                                     # the initial weights
     model = DiT(**config).to(device)
     header = new_header(data, config, settings, typed)
@@ -754,8 +769,12 @@ def main(argv=None):
             recipe = RECIPES[args.recipe or "imagenet"]
             if not recipe.weights:
                 raise UserError(f"the recipe {args.recipe} has no published weights")
+            if args.out or args.steps:
+                raise UserError("--weights trains nothing and has a place of its own: leave --out and "
+                                "--steps out")
             import_weights(recipe, args.weights, typed, args.overwrite)
-            print(f"-> python minimax.py{same_data(args, '--recipe')}")
+            print("-> python minimax.py --data imagewoof --root DIR" if args.data == "digits" else
+                  f"-> python minimax.py{same_data(args, '--recipe')}")
             return
         data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         steps = data.recipe.steps if args.steps is None else args.steps

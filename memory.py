@@ -7,8 +7,8 @@
 
 A generator learns to stay close to the real memory and away from its own. What is forgotten therefore decides
 what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that was ever seen,
-but never ages: an outlier stays for good. An embedding here is the flattened picture, in [-1, 1]; in the
-papers it is a latent.
+but never ages: an outlier stays for good. An embedding is the flattened x_0 that the model learns: the
+picture in [-1, 1], or, as in the papers, its latent.
 
     python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
 """

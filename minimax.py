@@ -22,11 +22,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (UserError, add_flags, command, data_print, device_named, imagenet_classes, load,
-                  many_processes, new_parser, one_sentence, same_data, world)
+                  many_processes, new_parser, one_sentence, rank, same_data, world)
 from diffusion import (Plan, Trainer, chosen_bf16, difffit_parameters, finished, fit, import_weights,
                        load_tensors, new_header, published_base, read_header, rebuild, rows_of, train_base)
 from memory import Memory, policies
-from vae import prepared
+from vae import prepared, source_name
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The two criteria, and what Gu et al. compare them with
@@ -76,32 +76,31 @@ class MinMax:
         self.real, self.generated = Memory(slots, memory[0]), Memory(slots, memory[1])
 
     def __call__(self, denoised, x0, labels):
-        """denoised: diffusion.Denoised; x0 (B, C, H, W); labels (B,) -> (scalar, {"repr": L_r, "div": L_d}).
+        """denoised: diffusion.Denoised and x0 (B, C, H, W), this process's share of the batch; labels: list,
+        of the whole batch -> (scalar, {"repr": L_r, "div": L_d}).
 
         Compares before it pushes, so that no guess meets its own copy of this step. A class whose memory is
-        still empty adds nothing but counts in the mean.
+        still empty adds nothing but counts in the mean. Many processes remember the same, the whole batch,
+        but each looks for the extremum in its own share.
         """
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
         l_r = l_d = torch.zeros((), device=z.device)
-        present = of_each_class(labels)
-        for c, index in present.items():
-            mine, theirs = z[index], real[index]                            # (n, D)
+        own = labels[rank() * len(z):][:len(z)]
+        z_by_class, real_by_class = by_class(z, own), by_class(real, own)
+        for c, mine in z_by_class.items():
+            theirs = real_by_class[c]                                       # (n, D), as mine
             if self.naive:
                 l_r = l_r + naive_representativeness(mine, theirs)
             elif self.real.get(c) is not None:
                 l_r = l_r + representativeness(mine, self.real.get(c))
             if self.generated.get(c) is not None:
                 l_d = l_d + (naive_diversity if self.naive else diversity)(mine, self.generated.get(c))
-        l_r, l_d = l_r / len(present), l_d / len(present)
-        self.remember(gathered(real), gathered(z), gathered(labels))
+        l_r, l_d = l_r / len(z_by_class), l_d / len(z_by_class)
+        for memory, x in ((self.real, real), (self.generated, z)):
+            for c, items in by_class(gathered(x), labels).items():
+                memory.push(c, items)
         return self.lambda_r * l_r + self.lambda_d * l_d, {"repr": l_r.detach(), "div": l_d.detach()}
-
-    def remember(self, real, z, labels):
-        """Pushes real images and guesses (B, D) of the labels (B,): of the whole batch, on every process."""
-        for c, index in of_each_class(labels).items():
-            self.real.push(c, real[index])
-            self.generated.push(c, z[index])
 
     def state_dict(self):
         return {"real": self.real.state_dict(), "generated": self.generated.state_dict()}
@@ -111,11 +110,11 @@ class MinMax:
         self.generated.load_state_dict(state["generated"])
 
 
-def of_each_class(labels):
-    """{class in the batch: its positions} for labels (B,); they come to the CPU once, not once a class."""
-    listed = labels.tolist()
-    return {c: torch.tensor([i for i, label in enumerate(listed) if label == c], device=labels.device)
-            for c in sorted(set(listed))}
+def by_class(x, labels):
+    """x (B, D), labels (list of B) -> {class: its rows (n, D)}. From a list, so that no GPU is waited for."""
+    rows = x.unbind()
+    return {c: torch.stack([row for row, label in zip(rows, labels, strict=True) if label == c])
+            for c in sorted(set(labels))}
 
 
 def gathered(x):
@@ -163,13 +162,15 @@ def checked(args, recipe):
     batch = recipe.tune_batch if args.batch is None else args.batch
     lambda_r = recipe.lambda_r if args.lambda_r is None else args.lambda_r
     lambda_d = recipe.lambda_d if args.lambda_d is None else args.lambda_d
-    if args.steps is not None and args.steps < 1 or args.slots < 1 or batch < 1:
-        raise UserError(f"--steps, --slots and --batch must be at least 1, not {args.steps}, {args.slots} "
-                        f"and {batch}")
+    for flag, number in (("--steps", args.steps), ("--slots", args.slots), ("--batch", batch)):
+        if number is not None and number < 1:
+            raise UserError(f"{flag} must be at least 1, not {number}")
+    if batch % world():
+        raise UserError(f"--batch {batch} does not divide over {world()} processes: take a multiple")
     if not (0 <= lambda_r < float("inf") and 0 <= lambda_d < float("inf")):
         raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
                         f"and are {lambda_r} and {lambda_d}")
-    return batch, lambda_r, lambda_d
+    return batch, lambda_r, lambda_d, policies(args.memory)
 
 
 def base_of(args, data, home, device, typed):
@@ -235,7 +236,7 @@ def main(argv=None):
                         help="one model for every N classes, one after the other; Gu et al. take 20 for "
                              "ImageNet-100 and -1K")
     parser.add_argument("--recompute", action="store_true",
-                        help="less memory, a third slower: work blocks out again on the way back")
+                        help="less memory, more work: blocks are worked out again on the way back")
     args = parser.parse_args(argv)
     with one_sentence(parser), many_processes():
         run(args, command(__file__, argv))
@@ -245,24 +246,24 @@ def run(args, typed):
     """Everything after the command line was read."""
     data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
     device, home, K = device_named(args.device), pathlib.Path("out", data.name), len(data.train.classes)
-    checked(args, data.recipe), policies(args.memory)           # before anything takes time
-    ranges = class_ranges(args, K)
+    numbers, ranges = checked(args, data.recipe), class_ranges(args, K)
     base = base_of(args, data, home, device, typed)
-    check_base(read_header(base), base, data)
+    rows = check_base(read_header(base), base, data)
     for first, last in ranges:
         name = "minimax" if (first, last) == (0, K - 1) else f"minimax-{first}-{last}"
         path = (args.out or home) / f"{name}.safetensors"
-        tune_phase(args, data, (first, last), base, path, device, typed)
-    print(f"saved {path} -> python sample.py --steps 10{same_data(args, '--out')}"
-          + (f" --checkpoint {path.parent if args.phases else path}" if args.out or args.classes else ""))
+        tune_phase(args, data, (first, last), base, rows, path, numbers, device, typed)
+    source = path if len(ranges) == 1 else path.parent
+    print(f"{source} -> python sample.py --steps 10{same_data(args, '--out')}"
+          + (f" --checkpoint {source}" if args.out or name != "minimax" else ""))
 
 
-def tune_phase(args, data, phase, base, path, device, typed):
-    """Fine-tunes on the classes from phase[0] to phase[1] and writes `path`."""
-    recipe, header = data.recipe, read_header(base)
-    batch, lambda_r, lambda_d = checked(args, recipe)
-    memory, classes = policies(args.memory), data.train.classes
-    train = data.train.pick((phase[0] <= data.train.labels) & (data.train.labels <= phase[1]))
+def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
+    """Fine-tunes on the classes phase[0] to phase[1] and writes `path`. numbers: of `checked`."""
+    recipe, header, (first, last) = data.recipe, read_header(base), phase
+    batch, lambda_r, lambda_d, memory = numbers
+    train = data.train.pick((first <= data.train.labels) & (data.train.labels <= last))
+    # as asked, else the recipe's count, else as many whole batches as its epochs hold
     steps = args.steps or recipe.tune_steps or recipe.tune_epochs * (len(train.labels) // batch)
     if steps < 1:
         raise UserError(f"{len(train.labels)} images make no batch of {batch}: lower --batch")
@@ -271,22 +272,21 @@ def tune_phase(args, data, phase, base, path, device, typed):
                 bf16=chosen_bf16(args.bf16, device, header["config"]["network"]))
     settings = {**plan._asdict(), "data": data_print(train), "base": header["fingerprint"],
                 "lambda_r": lambda_r, "lambda_d": lambda_d, "memory": list(memory), "slots": args.slots,
-                "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune}
+                "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune, "processes": world(),
+                "encoder": source_name(args.vae) if recipe.latents else None}
     if finished(path, settings, args.overwrite):
         return
-    train = prepared(data._replace(train=train), path.parent, args.vae, device, args.skip_broken,
-                     args.overwrite)
+    train = prepared(data._replace(train=train), args.vae, device, args.skip_broken, args.overwrite)
     model, config = tuned_model(base, header, args.tune, device)
     model.recompute = args.recompute
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"min-max | {data.name}, {data.cut} | classes {phase[0]}-{phase[1]} | "
+    print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
           f"device {device}{' bf16' * plan.bf16} x {world()} | {tuned:,} of {parameters:,} parameters tuned"
           f" | {steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
           f"memory {','.join(memory)} x {args.slots} | seed {args.seed}")
     if args.compile:
         model.compile()
-    rows = rows_of(header, classes, base)
     losses = MinMax(lambda_r, lambda_d, args.slots, memory, args.z_hat, args.naive)
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
     fit(Trainer(model, train, torch.tensor(rows, device=device), plan, losses), path,

@@ -33,7 +33,7 @@ from data import (UserError, add_flags, barrier, check_settings, class_list, com
                   world, write_png)
 from diffusion import (Schedule, chosen_bf16, learned_log_variance, load_model, load_tensors, posterior,
                        read_header, rows_of)
-from vae import decoder
+from vae import decoder_of
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Grids: at which t the network is asked, S times of T = 1000
@@ -238,10 +238,13 @@ class NpzFile:
 
     def finish(self, items):
         """Joins the blocks, in the order of the images, and cuts off what is behind `items`."""
-        images = np.concatenate([np.load(part) for part in sorted(self.parts.iterdir())])[:len(items)]
+        images = np.concatenate([np.load(part) for part in sorted(self.parts.glob("*.npy"))])[:len(items)]
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
-        shutil.rmtree(self.parts)
+        old = self.parts.with_suffix(".old")                    # removed whole: half of the parts would count
+        shutil.rmtree(old, ignore_errors=True)
+        self.parts.rename(old)
+        shutil.rmtree(old)
 
     def images(self, items):
         with np.load(self.path) as arrays:
@@ -341,8 +344,10 @@ def checked(args):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root validation out seed device overwrite vae bf16 compile")
-    parser.set_defaults(vae="mse")                              # as Gu et al.: ema encodes, mse decodes
+    add_flags(parser, "data root validation out seed device overwrite bf16 compile")
+    parser.add_argument("--vae", default="mse", metavar="ema|mse|FILE",
+                        help="what decodes latents: one of stabilityai's autoencoders, fetched once, or a "
+                             "file (default: %(default)s, as Gu et al., who encode with ema)")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: "
                              "out/NAME/minimax.safetensors, or the minimax-A-B.safetensors there)")
@@ -362,7 +367,8 @@ def main(argv=None):
                         help="instead: as many complete rounds as fit into this time")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--batch", type=int, default=100,
-                        help="less needs less memory (default: %(default)s)")
+                        help="images drawn at once, by each process; less needs less memory (default: "
+                             "%(default)s)")
     parser.add_argument("--npz", action="store_true",
                         help="one distilled.npz instead of a file for each image")
     args = parser.parse_args(argv)
@@ -395,52 +401,51 @@ def open_record(path, fresh, stores, overwrite):
     return fresh
 
 
-def checkpoints(args, home):
-    """What to sample from: one file, or a list of phases that should hold all classes between them."""
-    place = args.checkpoint or home / "minimax.safetensors"
-    if place.is_file():
-        return place
-    folder = place if args.checkpoint else home
-    phases = sorted(folder.glob("minimax-*-*.safetensors"))
-    if not phases:
-        raise UserError(f"there is no {place}: python minimax.py{same_data(args)} makes one")
-    return phases
+def checkpoints(place, home, redo):
+    """What to sample from: a file, or a list of phases that should hold all classes between them.
 
-
-def load_one(path, name, device):
-    """The network of the checkpoint `path` -> (DiT, header).
-
-    header: its classes and rows are those it can draw of the data set `name`. Raises UserError where it is of
-    another data set.
+    place: --checkpoint, a file or a folder, or None for `home`. redo: the command that makes one.
     """
-    model, header = load_model(path, device)
-    if header["data"] not in (name, "imagenet"):
-        raise UserError(f"{path} is of the data set {header['data']}, not {name}: "
+    folder = home if place is None else place
+    if folder.is_file():
+        return folder
+    whole, phases = folder / "minimax.safetensors", sorted(folder.glob("minimax-*-*.safetensors"))
+    if whole.is_file() and phases:
+        raise UserError(f"{folder} holds {whole.name} and phases ({phases[0].name}): say which with "
+                        f"--checkpoint {whole}, or put one kind elsewhere")
+    if not whole.is_file() and not phases:
+        raise UserError(f"there is no {whole if place is None else place}: {redo} makes one")
+    return phases or whole
+
+
+def opened(source, name, device):
+    """The network to draw the data set `name` with -> (DiT, header, phases).
+
+    source: a file, or a list of phases that were tuned from the same base with the same settings. header: its
+    classes and rows are those that can be drawn; its weights identifies all files. phases: (first, last,
+    {name: tensor}), the tensors to lay over the network for the classes first to last.
+    Raises UserError where it is of another data set, or phases overlap, differ or leave a class out.
+    """
+    paths = source if isinstance(source, list) else [source]
+    headers = sorted(((read_header(path), path) for path in paths), key=lambda pair: pair[0]["phase"])
+    header, first_path = headers[0]
+    published = class_list(name) if header["data"] == "imagenet" and "base" not in header else None
+    if header["data"] != name and not published:
+        raise UserError(f"{first_path} is of the data set {header['data']}, not {name}: "
                         "say which with --data, --root or --validation")
-    first, last = header["phase"]
-    classes = header["classes"][first:last + 1]
-    if header["data"] != name:                                  # the published weights: a subset of theirs
-        classes = class_list(name) or classes
-    return model, {**header, "classes": classes, "rows": rows_of(header, classes, path)}
-
-
-def load_phases(paths, name, device):
-    """The network that several phases were tuned from -> (DiT, header, phases).
-
-    header: of all classes; its weights identifies all files. phases: (first, last, {name: tensor}), the
-    tensors to lay over the network for the classes first to last.
-    Raises UserError where the phases overlap, leave a class out or were tuned from different models.
-    """
-    model, header = load_model(paths[0], device)
+    model, header = load_model(first_path, device)
+    if source is first_path:                                    # one file: what it can draw is enough
+        first, last = header["phase"]
+        classes = header["classes"][first:last + 1] if header["data"] == name else published
+        rows = rows_of(header, classes, source)
+        return model, {**header, "classes": classes, "rows": rows}, [(0, len(classes) - 1, {})]
     phases, expected = [], 0
-    headers = [(read_header(path), path) for path in paths]
-    for other, path in sorted(headers, key=lambda pair: pair[0]["phase"]):
+    for other, path in headers:
         first, last = other["phase"]
-        if (other["base"], other["config"], other["classes"]) != \
-                (header["base"], header["config"], header["classes"]):
-            raise UserError(f"{path} was tuned from another model than {paths[0]}")
+        alike = [{**each["settings"], "data": None, "steps": None} for each in (other, header)]
+        check_settings(*alike, path)                            # phases differ in their images, and how many
         if first != expected:
-            raise UserError(f"{path} has the classes {first}-{last}, but {expected} should come next: "
+            raise UserError(f"{path} has the classes {first}-{last}, but class {expected} should come next: "
                             "run the missing --classes, or remove what overlaps")
         expected = last + 1
         tensors = {key: tensor.to(device) for key, tensor in load_tensors(path).items()}
@@ -449,8 +454,6 @@ def load_phases(paths, name, device):
     if expected != len(header["classes"]):
         raise UserError(f"no phase has the classes {expected}-{len(header['classes']) - 1}: run the missing "
                         "--classes")
-    if header["data"] != name:
-        raise UserError(f"{paths[0]} is of the data set {header['data']}, not {name}")
     return model, header, phases
 
 
@@ -462,12 +465,43 @@ def lay_over(model, tensors):
         parameters[name].copy_(tensor)
 
 
+def artist(model, header, phases, decode, times, sampler, eta, guidance, guided_channels, seed):
+    """The function that draws a block: items, (label, index) of n images -> pictures (n, C, H, W) uint8."""
+    config, device = header["config"], next(model.parameters()).device
+    shape = config["channels"], config["size"], config["size"]
+
+    def draw(items):
+        x = torch.empty(len(items), *shape, device=device)
+        for first, last, tensors in phases:
+            mine = [i for i, (label, _) in enumerate(items) if first <= label <= last]
+            if not mine:
+                continue
+            lay_over(model, tensors)
+            chosen = [items[i] for i in mine]
+            rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)
+            names = [(header["classes"][label], index) for label, index in chosen]
+            predict = guided(model, rows, header["rows"][-1], guidance, guided_channels)
+            x[mine] = draw_images(predict, image_noise(seed, names, shape, device), times, sampler, eta)
+        x = decode(x)                                           # latents: (n, 4, h, w) -> (n, 3, 8h, 8w)
+        if not x.isfinite().all():
+            raise UserError("the model draws images that are not finite: a smaller --guidance may help")
+        return to_uint8(x).cpu()
+    return draw
+
+
 def of_first(make):
-    """What make() returns on the first process, on all."""
-    values = [make() if rank() == 0 else None]
+    """What make() returns on the first process, on all; its UserError is raised on all, too."""
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = make()
+        except UserError as error:
+            found[1] = str(error)
     if world() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise UserError(found[1])
+    return found[0]
 
 
 def run(args, typed):
@@ -476,21 +510,18 @@ def run(args, typed):
     times, device = timesteps(args.steps, args.grid), device_named(args.device)
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
-    source, out = checkpoints(args, home), args.out or home
-    if isinstance(source, list):
-        model, header, phases = load_phases(source, name, device)
-    else:
-        model, header = load_one(source, name, device)
-        phases = [(0, len(header["classes"]) - 1, {})]
+    source, out = checkpoints(args.checkpoint, home, f"python minimax.py{same_data(args)}"), args.out or home
+    model, header, phases = opened(source, name, device)
     guidance = header["guidance"] if args.guidance is None else args.guidance
     classes, config = header["classes"], header["config"]
-    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= config["channels"]:
-        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, not {args.cfg_channels}")
+    if args.cfg_channels is not None and (guidance == 1 or not 1 <= args.cfg_channels <= config["channels"]):
+        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, and wants a guidance "
+                        f"other than 1; they are {args.cfg_channels} and {guidance:g}")
     bf16 = chosen_bf16(args.bf16, device, config["network"])
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
     if args.compile:
         model.compile()
-    decode, autoencoder = decoder(header["latents"], args.vae, device, bf16)
+    decode, autoencoder = decoder_of(header["latents"], args.vae, device, bf16)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
                 "eta": args.eta, "guidance": guidance, "cfg_channels": args.cfg_channels, "bf16": bf16,
                 "autoencoder": autoencoder, "seed": args.seed, "batch": args.batch, "npz": args.npz}
@@ -499,42 +530,27 @@ def run(args, typed):
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
              "command": typed}
     record = of_first(lambda: open_record(record_path, fresh, (folder, file), args.overwrite))
+    enough = record["ipc"] >= ipc or record["budget"] >= budget
+    whole, resumable = of_first(lambda: (store.whole(record["ipc"]), store.resumable()))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{source if len(phases) == 1 else f'{len(phases)} phases'} | {name} | device {device}"
           f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} "
           f"steps, {args.grid} grid | guidance {guidance:g} | seed {args.seed}")
-    if of_first(lambda: (record["ipc"] >= ipc or record["budget"] >= budget) and store.whole(record["ipc"])):
+    if enough and whole:
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
         return
-
-    def draw(items):
-        """(label, index) of n images -> (n, C, H, W) uint8, each class by its own phase."""
-        x = torch.empty(len(items), config["channels"], config["size"], config["size"], device=device)
-        for first, last, tensors in phases:
-            mine = [i for i, (label, _) in enumerate(items) if first <= label <= last]
-            if not mine:
-                continue
-            lay_over(model, tensors)
-            labels = [items[i][0] for i in mine]
-            rows = torch.tensor([header["rows"][label] for label in labels], device=device)
-            names = [(classes[label], items[i][1]) for i, label in zip(mine, labels, strict=True)]
-            predict = guided(model, rows, header["rows"][-1], guidance, args.cfg_channels)
-            x[mine] = draw_images(predict, image_noise(args.seed, names, x.shape[1:], device), times,
-                                  args.sampler, args.eta)
-        x = decode(x)
-        if not x.isfinite().all():
-            raise UserError(f"{source} draws images that are not finite: a smaller --guidance may help")
-        return to_uint8(x).cpu()
 
     def save(record):
         if rank() == 0:
             with replacing(record_path) as temporary:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
 
-    if of_first(lambda: record["ipc"] and not store.resumable()):  # its blocks were joined: all is drawn anew
+    if not resumable:                                           # nothing yet, or blocks that were joined
         record["seconds"] = 0.0
     record.update(command=typed, ipc=0, budget=0.0)             # unfinished, until the end
     save(record)
+    draw = artist(model, header, phases, decode, times, args.sampler, args.eta, guidance, args.cfg_channels,
+                  args.seed)
     items = distil(draw, store, record, ipc * len(classes), budget, args.batch, save)
     record.update(ipc=len(items) // len(classes), budget=0.0 if math.isinf(budget) else budget)
     save(record)

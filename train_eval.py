@@ -2,16 +2,20 @@
 
     python train_eval.py                            # four rows of judges: under 5 minutes on two CPU cores
     python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
+    python train_eval.py --data imagewoof --root DIR --net resnet18     # Gu et al.'s protocol and judges
 
-The judge (ConvNetD3-W128) sees the training set alone: SGD 0.01, momentum 0.9, weight decay 5e-4, a tenth of
-the rate and a fresh optimizer after half of the epochs, one random family of augmentations per batch. The
-number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation over
-n runs (a new judge each, and a new draw for "random" and "kmeans"). The best of ten epochs, evenly spread,
-stands beside it because others report a best one.
+The judge sees the training set alone, under one of two protocols, both with SGD 0.01, momentum 0.9, weight
+decay 5e-4. "challenge": ConvNetD3-W128, batches of 256, a tenth of the rate and a fresh optimizer after half
+of the epochs, one random family of augmentations per batch. "gu", for ImageNet's subsets: ResNetAP-10 or
+another net at 224 pixels, batches of 64, a fifth of the rate after two thirds and again after five sixths,
+crops, mirrors, colours and CutMix on every batch; its time is not measured. The number to quote is the LAST
+epoch's accuracy on the real test split, mean +- sample standard deviation over n runs (a new judge each, and
+a new draw for "random" and "kmeans"). The best of ten epochs (gu: of a hundred), evenly spread, stands beside
+it because others report a best one.
 Prints a table; appends each row to out/digits/results.jsonl.
-Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024).
+Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
+Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix).
 """
-import argparse
 import functools
 import json
 import math
@@ -19,21 +23,25 @@ import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
-from torchvision.transforms.functional import InterpolationMode, resize
+from torchvision.transforms.functional import InterpolationMode, resize, rgb_to_grayscale
 from tqdm import tqdm
 
-from convnet import ConvNet
-from data import (ImageSet, UserError, add_flags, command, device_named, load, new_parser, one_sentence,
-                  read_set, same_data)
+import convnet
+from data import (ImageFiles, ImageSet, UserError, add_flags, command, device_named, gains_from_bf16, load,
+                  new_parser, one_sentence, read_set, same_data)
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Differentiable siamese augmentation (DSA), as the challenge uses it: whole batches, new numbers per image
+# 1. Augmentation: whole batches, new numbers per image
 #
-# x (B, C, H, W) is normalised, so the zeros that fill are the mean colour (digits: the background).
+# The challenge's first, differentiable siamese augmentation (DSA): x (B, C, H, W) is normalised, so the zeros
+# that fill are the mean colour (digits: the background).
 
 
 def color(x, g):
@@ -106,62 +114,217 @@ def dsa(x, families, g):
     return FAMILIES[families[choice]](x, g)
 
 
+# Then that of Gu et al.: x (B, C, S, S) is square and in [0, 1], before it is normalised.
+
+
+def random_boxes(B, S, g):
+    """Half to all of the area, ratio 3/4 to 4/3, log-uniform: the first of ten tries that fits, or the whole.
+
+    In pixels: corners (2, B), tops and lefts, and sides (2, B), heights and widths. Those of torchvision's
+    RandomResizedCrop.
+    """
+    u = torch.rand(2, 10, B, generator=g, device=g.device)
+    area, ratio = S * S * (0.5 + 0.5 * u[0]), (4 / 3) ** (2 * u[1] - 1)     # (10, B)
+    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round()
+    sides = F.pad(sides, (0, 0, 0, 1), value=S)                             # (2, 11, B), the whole at the end
+    fits = (sides <= S).all(dim=0).int().argmax(dim=0)                      # (B,): the first that does
+    sides = sides.gather(1, fits.expand(2, 1, B)).squeeze(1)                # (2, B)
+    return (torch.rand(2, B, generator=g, device=g.device) * (S - sides + 1)).floor(), sides
+
+
+def enlarge(x, corners, sides):
+    """The box of each image, bilinear, at the size of the whole; nothing outside of the box enters."""
+    S = x.shape[-1]
+    along = (torch.arange(S, device=x.device) + 0.5) * (sides / S)[:, :, None] - 0.5    # (2, B, S)
+    along = corners[:, :, None] + along.clamp(min=0).minimum(sides[:, :, None] - 1)     # in pixels
+    rows, columns = (2 * along + 1) / S - 1                                 # in grid_sample's units
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)
+    return F.grid_sample(x, grid, align_corners=False)                      # grid: (B, S, S, 2)
+
+
+def jitter(x, g):
+    """Moves by alpha in [-.4, .4] towards black, the image's mean grey and its greys, in random order.
+
+    Brightness, contrast, saturation; alpha is each image's own, the order the batch's.
+    """
+    alpha = torch.rand(3, len(x), 1, 1, 1, generator=g, device=x.device) * 0.8 - 0.4    # (3, B, 1, 1, 1)
+    ends = (torch.zeros_like, lambda x: rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True),
+            rgb_to_grayscale)
+    for k in torch.randperm(3, generator=g, device=x.device).tolist():
+        x = x.lerp(ends[k](x), alpha[k])
+    return x
+
+
+# ImageNet's principal colours, columns, times their eigenvalues (Krizhevsky et al. 2012)
+PRINCIPAL = torch.tensor([[-0.5675, 0.7192, 0.4009],
+                          [-0.5808, -0.0045, -0.8140],
+                          [-0.5836, -0.6948, 0.4203]]) * torch.tensor([0.2175, 0.0188, 0.0045])
+
+
+def lighting(x, g):
+    """Adds one colour to the whole image: N(0, .1^2) of each principal one. One channel stays as it is."""
+    if x.shape[1] != 3:
+        return x
+    alpha = 0.1 * torch.randn(len(x), 1, 3, generator=g, device=x.device)
+    return x + (PRINCIPAL.to(x.device) * alpha).sum(dim=2)[:, :, None, None]            # (B, 3, 1, 1)
+
+
+def cutmix(x, g):
+    """Pastes one box, the same for the batch, out of another image (Yun et al. 2019).
+
+    Its area is a share 1 - lam of the image's, lam ~ U(0, 1), less what falls outside.
+    Returns (mixed x, partner (B,): whose box it is, own: the share of the area that is the image's own).
+    """
+    B, _, H, W = x.shape
+    partner, u = torch.randperm(B, generator=g, device=x.device), torch.rand(3, generator=g, device=x.device)
+    cut = (1 - u[0]).sqrt()
+    half_h, half_w = (H * cut).long() // 2, (W * cut).long() // 2
+    cy, cx = (H * u[1]).long(), (W * u[2]).long()
+    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    in_rows = (rows >= cy - half_h) & (rows < cy + half_h)                  # (H,)
+    in_columns = (columns >= cx - half_w) & (columns < cx + half_w)         # (W,)
+    box = in_rows[:, None] & in_columns                                     # (H, W)
+    return torch.where(box, x[partner], x), partner, 1 - box.float().mean()
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. The judge's training
 
 
+def at_size(images, size):
+    """uint8 (N, C, H, W) -> uint8 (N, C, size, size), bicubic."""
+    if images.shape[-1] == size:
+        return images
+    return torch.cat([resize(part, size, InterpolationMode.BICUBIC) for part in images.split(1024)])
+
+
+def standardise(x, recipe):
+    """(B, C, H, W) in [0, 1] -> (x - mean) / std."""
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
+    return (x - mean) / std
+
+
 def normalise(images, recipe):
     """uint8 (N, C, H, W) -> float (N, C, judge_size, judge_size), (pixel / 255 - mean) / std."""
-    if images.shape[-1] != recipe.judge_size:
-        images = resize(images, recipe.judge_size, InterpolationMode.BICUBIC)
-    mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
-    return (images.float() / 255 - mean) / std
+    return standardise(at_size(images, recipe.judge_size).float() / 255, recipe)
 
 
-@torch.no_grad()
-def accuracy(judge, x, labels):
-    """Percent of x (N, C, H, W), normalised, that the judge names right."""
-    parts = zip(x.split(512), labels.split(512), strict=True)
-    right = sum(int((judge(part).argmax(1) == y).sum()) for part, y in parts)
-    return 100 * right / len(labels)
+def challenge_epochs(recipe, images, classes):
+    """The recipe's, fewer where the judge would then see more than recipe.views images."""
+    return max(1, min(recipe.epochs, recipe.views // images))
 
 
-def train_judge(train, test, recipe, epochs, seed, batch=256, lr=0.01, curve=10, bf16=False):
-    """A fresh ConvNetD3-W128 trained on `train`, tested on `test` (ImageSets on one device).
+def challenge_rate(epoch, epochs):
+    """A tenth after half; the challenge's own half, after the epoch with index E // 2 + 1."""
+    return 0.01 if epoch < epochs // 2 + 2 else 0.01 * 0.1
 
-    Returns (judge, accuracies): percent on `test`, at `curve` epochs evenly spread; the last is the last
-    epoch's. The same seed gives the same weights, batches and augmentations.
+
+def challenge_loss(judge, images, labels, recipe, g):
+    """Cross entropy after one of the recipe's families (of all, where it names none)."""
+    families = recipe.augment.split("_") if recipe.augment else list(FAMILIES)
+    return F.cross_entropy(judge(dsa(normalise(images, recipe), families, g)), labels)
+
+
+def gu_epochs(recipe, images, classes):
+    """By images a class; with 100 classes two thirds of that, in hundreds (Gu et al. 2024, Table 6)."""
+    table = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500), (math.inf, 300))
+    epochs = next(epochs for most, epochs in table if images // classes <= most)
+    return 2 * epochs // 300 * 100 if classes == 100 else epochs
+
+
+def gu_rate(epoch, epochs):
+    """A fifth after two thirds, a fifth of that after five sixths."""
+    return 0.01 * 0.2 ** ((epoch >= 2 * epochs // 3) + (epoch >= 5 * epochs // 6))
+
+
+def gu_loss(judge, images, labels, recipe, g):
+    """Cross entropy with both labels of each mixed image, by their shares of its area."""
+    x = images.float() / 255                                                # (B, C, S, S)
+    x = enlarge(x, *random_boxes(len(x), x.shape[-1], g))
+    x = flip(x, g) if recipe.flip else x
+    x = standardise(lighting(jitter(x, g), g), recipe)
+    x, partner, own = cutmix(x, g)
+    logits = judge(x)                                                       # (B, K)
+    return own * F.cross_entropy(logits, labels) + (1 - own) * F.cross_entropy(logits, labels[partner])
+
+
+class Protocol(NamedTuple):
+    """How a judge is trained and compared; the optimizer is SGD, momentum 0.9, weight decay 5e-4, in all."""
+    batch: int
+    looks: int                 # at how many epochs its accuracy is looked at
+    epochs: Callable           # (recipe, images, classes) -> epochs
+    rate: Callable             # (epoch, epochs) -> learning rate
+    fresh: bool                # whether the optimizer forgets its momentum where the rate falls
+    loss: Callable             # (judge, images (B, C, S, S) uint8, labels (B,), recipe, g) -> ()
+    beside: tuple              # the rows of real images that are always there
+
+
+# Under gu a judge of all of an ImageNet subset would train for hours, and a mean of photographs is a blur.
+PROTOCOLS = {
+    "challenge": Protocol(256, 10, challenge_epochs, challenge_rate, True, challenge_loss,
+                          ("random", "kmeans", "full")),
+    "gu": Protocol(64, 100, gu_epochs, gu_rate, False, gu_loss, ("random",)),
+}
+
+
+def count_epochs(recipe, images, classes):
+    """The judge's epochs on so many images."""
+    return PROTOCOLS[recipe.protocol].epochs(recipe, images, classes)
+
+
+def in_parts(function, images, recipe):
+    """function, without gradients, of normalised images a few at a time: (N, C, H, W) uint8 -> (N, ...)."""
+    with torch.no_grad():
+        parts = images.split(2 * PROTOCOLS[recipe.protocol].batch)
+        return torch.cat([function(normalise(part, recipe)) for part in parts])
+
+
+def accuracy(judge, images, labels, recipe):
+    """Percent of the images (N, C, H, W) uint8 that the judge names right."""
+    judge.eval()
+    return 100 * int((in_parts(judge, images, recipe).argmax(1) == labels).sum()) / len(labels)
+
+
+def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
+    """A fresh recipe.net trained on `train`, tested on `test` (ImageSets on one device).
+
+    Returns (judge, accuracies): percent on `test`, at `looks` epochs evenly spread (default: the protocol's);
+    the last is the last epoch's. The same seed gives the same weights, batches and augmentations.
     """
-    device = train.images.device
+    device, protocol = train.images.device, PROTOCOLS[recipe.protocol]
     g = torch.Generator(device).manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = ConvNet(recipe.judge_size, recipe.channels, len(train.classes)).to(device)
-    x, x_test = normalise(train.images, recipe), normalise(test.images, recipe)
-    families = recipe.augment.split("_")
-    looks = {round((i + 1) * epochs / curve) - 1 for i in range(curve)} | {epochs - 1}
-    accuracies = []
-    for epoch in range(epochs):
-        if epoch in (0, epochs // 2 + 2):                       # the challenge: after epoch index E // 2 + 1
-            rate = lr if epoch == 0 else lr * 0.1
+        judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(train.classes)).to(device)
+    # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB.
+    images, held = at_size(train.images, recipe.judge_size), at_size(test.images, recipe.judge_size)
+    looks = looks or protocol.looks
+    looks = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
+    optimizer, accuracies = None, []
+    for epoch in tqdm(range(epochs), disable=None, leave=False):
+        rate = protocol.rate(epoch, epochs)
+        if optimizer is None or protocol.fresh and rate != optimizer.param_groups[0]["lr"]:
             optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-        order = torch.randperm(len(x), generator=g, device=device)
-        for index in order.split(batch):
+        optimizer.param_groups[0]["lr"] = rate
+        judge.train()
+        order = torch.randperm(len(images), generator=g, device=device)
+        for index in order.split(protocol.batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(judge(dsa(x[index], families, g)), train.labels[index])
+                loss = protocol.loss(judge, images[index], train.labels[index], recipe, g)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         if epoch in looks:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                accuracies.append(accuracy(judge, x_test, test.labels))
+                accuracies.append(accuracy(judge, held, test.labels, recipe))
     return judge, accuracies
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Training sets to compare with: ipc images a class, out of the real ones
 #
-# Each is (train, ipc, features, generator) -> ImageSet; features are those of a judge trained on all of it.
+# Each is (train, ipc, features (N, ...), generator, skip_broken) -> ImageSet. Of files only those that were
+# chosen are read; k-means reads a class at a time.
 
 
 def members(train, c, ipc):
@@ -174,12 +337,12 @@ def members(train, c, ipc):
 
 def by_class(choose):
     """Makes a selector of a whole set from choose(features (n, F), ipc, g) -> (ipc,) positions in a class."""
-    def select(train, ipc, features, g):
+    def select(train, ipc, features, g, skip_broken=False):
         index = []
         for c in range(len(train.classes)):
             mine = members(train, c, ipc)                                   # (n,)
             index.append(mine[choose(features[mine], ipc, g).to(mine.device)])
-        return train.pick(torch.cat(index))
+        return train.pick(torch.cat(index)).read(skip_broken)
     return select
 
 
@@ -209,14 +372,15 @@ def choose_kcenter(features, ipc, g):
     return torch.tensor(chosen)
 
 
-def kmeans(train, ipc, features, g):
+def kmeans(train, ipc, features, g, skip_broken=False):
     """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
-    images, shape = [], train.images.shape[1:]
+    images = []
     for c in range(len(train.classes)):
-        mine = train.images[members(train, c, ipc)].flatten(1).cpu().double().numpy()
+        mine = train.pick(train.labels == c).read(skip_broken)
+        pixels = mine.images[members(mine, c, ipc)].flatten(1).cpu().double().numpy()
         seed = int(torch.randint(2**31, (), generator=g))
-        centers = KMeans(ipc, n_init=3, random_state=seed).fit(mine).cluster_centers_
-        images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *shape))
+        centers = KMeans(ipc, n_init=3, random_state=seed).fit(pixels).cluster_centers_
+        images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *mine.images.shape[1:]))
     labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
     return ImageSet(torch.cat(images), labels, train.classes)
 
@@ -225,7 +389,14 @@ SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herdi
              "kcenter": by_class(choose_kcenter), "kmeans": kmeans}
 
 
-def training_set(source, data, ipc, features, g):
+def read_distilled(path, data, skip_broken=False):
+    """A distilled folder or .npz, in the size of data.train."""
+    recipe = data.recipe
+    return read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
+                    data.train.classes, skip_broken)
+
+
+def training_set(source, data, ipc, features, g, skip_broken=False):
     """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
 
     ipc: images a class, None for all that a folder holds. Raises UserError where there are fewer.
@@ -233,14 +404,15 @@ def training_set(source, data, ipc, features, g):
     parts = []
     for name in source.split("+"):
         if name == "full":
-            parts.append(data.train)
+            parts.append(data.train.read(skip_broken))
         elif name in SELECTORS:
-            parts.append(SELECTORS[name](data.train, ipc, features(name), g))
+            train, measured = features(name)
+            parts.append(SELECTORS[name](train, ipc, measured, g, skip_broken))
         else:
-            found = read_set(name, data.recipe.size, data.recipe.channels, data.train.classes)
+            found = read_distilled(name, data, skip_broken)
             parts.append(found if ipc is None else first_of_each(found, ipc, name))
-    return ImageSet(torch.cat([part.images.to(data.train.images.device) for part in parts]),
-                    torch.cat([part.labels.to(data.train.labels.device) for part in parts]),
+    parts = [part.to(data.test.images.device) for part in parts]
+    return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
                     data.train.classes)
 
 
@@ -252,60 +424,49 @@ def first_of_each(whole, ipc, name):
     return whole.pick(torch.cat(index))
 
 
-def count_epochs(recipe, images):
-    """The judge's epochs on so many images: the recipe's, fewer where that is more than recipe.views."""
-    return max(1, min(recipe.epochs, recipe.views // images))
-
-
-def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None):
+def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None, skip_broken=False):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
-    data: Data, on the device. features: selector's name -> (N, F), what herding and k-center measure in.
+    data: Data; test, an ImageSet, is on the device, and train there too where it is one.
+    features: what judge_features(data, ...) returns, so that several rows share its judge.
     """
-    began, last, best = time.monotonic(), [], []
-    features = features or judge_features(data, seed, bf16)
+    began, recipe, last, best = time.monotonic(), data.recipe, [], []
+    features = features or judge_features(data, seed, bf16, skip_broken)
     redrawn = any(part in SELECTORS for part in source.split("+"))
     for run in range(runs):
         if run == 0 or redrawn:                                 # a folder is read once, random draws anew
             g = torch.Generator().manual_seed(seed + run)
-            train = training_set(source, data, ipc, features, g)
-        count = epochs or count_epochs(data.recipe, len(train.labels))
-        _, curve = train_judge(train, data.test, data.recipe, count, seed + run, bf16=bf16)
+            train = training_set(source, data, ipc, features, g, skip_broken)
+        count = epochs or count_epochs(recipe, len(train.labels), len(train.classes))
+        _, curve = train_judge(train, data.test, recipe, count, seed + run, bf16=bf16)
         last.append(round(curve[-1], 4))
         best.append(round(max(curve), 4))
     return {"data": data.name, "train": source, "ipc": len(train.labels) // len(train.classes),
-            "images": len(train.labels), "judge": "ConvNetD3-W128", "epochs": count, "runs": runs,
+            "images": len(train.labels), "protocol": recipe.protocol, "judge": convnet.title(recipe.net),
+            "size": recipe.judge_size, "epochs": count, "runs": runs,
             "accuracy": last, "mean": round(statistics.mean(last), 4),
             "std": round(statistics.stdev(last), 4) if runs > 1 else None,
             "best": round(statistics.mean(best), 4), "seconds": round(time.monotonic() - began, 1),
             "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
 
 
-def judge_features(data, seed, bf16):
-    """Selector's name -> (N, F): for herding and k-center those of a judge trained on the full real set.
+def judge_features(data, seed, bf16, skip_broken=False):
+    """Selector's name -> (real images to choose from, (N, F) to measure in).
 
-    It is trained when they first ask; the other selectors look at none, and get the pixels.
+    For herding and k-center the features of a judge trained on the full real set, which is read and trained
+    when they first ask; the other selectors look at none, and get the labels.
     """
     @functools.lru_cache(maxsize=1)
     def trained():
-        epochs = count_epochs(data.recipe, len(data.train.labels))
-        judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed, curve=1, bf16=bf16)
-        with torch.no_grad():
-            x = normalise(data.train.images, data.recipe)
-            return torch.cat([judge.embed(part) for part in x.split(512)])  # (N, F)
-    return lambda name: trained() if name in ("herding", "kcenter") else data.train.images.flatten(1)
+        whole = data.train.read(skip_broken).to(data.test.images.device)
+        epochs = count_epochs(data.recipe, len(whole.labels), len(whole.classes))
+        judge, _ = train_judge(whole, data.test, data.recipe, epochs, seed, looks=1, bf16=bf16)
+        return whole, in_parts(judge.embed, whole.images, data.recipe)      # (N, F)
+    return lambda name: trained() if name in ("herding", "kcenter") else (data.train, data.train.labels)
 
 
 # ----------------------------------------------------------------------------------------------------
 # 4. The driver
-
-
-def gains_from_bf16(device):
-    """Whether bfloat16 is faster there: on GPUs, and on CPUs that multiply it natively."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    has = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch does not tell
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def table_line(row):
@@ -319,15 +480,19 @@ def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
                         help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum "
-                             "a+b; random, kmeans and full are always there (default: distilled)")
-    add_flags(parser, "data root recipe validation out seed device")
+                             "a+b (default: distilled); random, kmeans and full are always there, under "
+                             "gu only random: the full set of an ImageNet subset trains for hours")
+    add_flags(parser, "data root recipe validation out seed device skip-broken bf16")
+    parser.add_argument("--protocol", choices=sorted(PROTOCOLS),
+                        help="how judges are trained (default: the recipe's)")
+    parser.add_argument("--net", metavar="NAME",
+                        help=f"the judge: {', '.join(convnet.JUDGES)} or timm:NAME (default: the recipe's)")
+    parser.add_argument("--size", type=int, metavar="PX", help="the judge's input (default: the recipe's)")
     parser.add_argument("--ipc", type=int,
                         help="images per class (default: as many as the first folder holds, or 10)")
     parser.add_argument("--runs", type=int, default=5, help="judges per row (default: %(default)s)")
     parser.add_argument("--epochs", type=int,
                         help="of each row's judges (default: by the recipe and the set's size)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                        help="bfloat16 arithmetic (default: where it is faster)")
     args = parser.parse_args(argv)
     with one_sentence(parser):
         run(args, command(__file__, argv))
@@ -349,13 +514,13 @@ def plan_rows(args, data, home):
         for k, part in enumerate(parts):
             if part not in SELECTORS and part != "full":
                 parts[k] = part = os.path.relpath(made if part == "distilled" else part)
-                found = read_set(part, data.recipe.size, data.recipe.channels, data.train.classes)
+                found = read_distilled(part, data, args.skip_broken)
                 held = int(found.labels.bincount().min())
                 ipc = ipc or held
                 if held < ipc:
                     raise UserError(f"{part} has a class of {held} images, fewer than --ipc {ipc}")
         sources.append("+".join(parts))
-    sources += [name for name in ("random", "kmeans", "full") if name not in sources]
+    sources += [name for name in PROTOCOLS[data.recipe.protocol].beside if name not in sources]
     ipc = ipc or 10
     fewest = int(data.train.labels.bincount().min())
     if ipc > fewest:
@@ -368,28 +533,37 @@ def plan_rows(args, data, home):
 
 def run(args, typed):
     """Everything after the command line was read."""
-    for flag, value in (("--ipc", args.ipc), ("--runs", args.runs), ("--epochs", args.epochs)):
+    for flag, value in (("--ipc", args.ipc), ("--runs", args.runs), ("--epochs", args.epochs),
+                        ("--size", args.size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
-    data, device = load(args.data, args.root, args.recipe, args.validation), device_named(args.device)
-    data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    device = device_named(args.device)
+    data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+    given = {"protocol": args.protocol, "net": args.net, "judge_size": args.size}
+    recipe = replace(data.recipe, **{name: value for name, value in given.items() if value})
+    convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(data.train.classes))  # or refuses now
+    train, test = data.train, data.test
+    if isinstance(train, ImageFiles):                           # pictures are read at the judge's size
+        train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
+    data = data._replace(recipe=recipe, train=train.to(device), test=test)
     bf16 = gains_from_bf16(device) if args.bf16 is None else args.bf16
     home = args.out or pathlib.Path("out", data.name)
     sources, ipc = plan_rows(args, data, home)
+    data = data._replace(test=test.read(args.skip_broken).to(device))
     home.mkdir(parents=True, exist_ok=True)
-    print(f"{data.name} | judge ConvNetD3-W128 at {data.recipe.judge_size} px | device {device}"
-          f"{' bf16' if bf16 else ''} | {args.runs} runs | seed {args.seed} | "
-          f"tested on {len(data.test.labels)} real images")
+    print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "
+          f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {args.runs} runs | "
+          f"seed {args.seed}")
     print(f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds")
-    features = judge_features(data, args.seed, bf16)
+    features = judge_features(data, args.seed, bf16, args.skip_broken)
     for source in tqdm(sources, disable=None, leave=False):
         row = evaluate(source, data, ipc=ipc, runs=args.runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
-                       features=features)
+                       features=features, skip_broken=args.skip_broken)
         with open(home / "results.jsonl", "a") as file:
             file.write(json.dumps({**row, "command": typed}) + "\n")
         tqdm.write(table_line(row))
-    print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of ten epochs | "
-          f"added to {home / 'results.jsonl'}")
+    print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of up to "
+          f"{PROTOCOLS[recipe.protocol].looks} epochs, evenly spread | added to {home / 'results.jsonl'}")
 
 
 if __name__ == "__main__":

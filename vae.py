@@ -44,7 +44,7 @@ LATENT = 4                     # channels of z
 SCALE = 0.18215                # one over the latents' standard deviation, measured once by Rombach et al.
 
 
-def sample(mean, logvar, noise):
+def draw_latent(mean, logvar, noise):
     """A latent of the posterior, scaled: 0.18215 (mean + exp(logvar / 2) noise), all (B, 4, h, w)."""
     return SCALE * (mean + torch.exp(logvar / 2) * noise)
 
@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
     def decode(self, z, chunk=8):
         """SCALED latents z (B, 4, h, w) -> pictures (B, 3, 8h, 8w), about in [-1, 1] but not clipped.
 
-        Decodes `chunk` at a time: at full resolution a picture of 256 pixels takes 0.25 GB in float32.
+        Decodes `chunk` at a time: at full resolution a picture of 256 pixels takes about 0.3 GB in float32.
         """
         z = (z / SCALE).to(self.post_quant_conv.weight.dtype)
         return torch.cat([self.decoder(self.post_quant_conv(part)).float() for part in z.split(chunk)])
@@ -257,7 +257,8 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
     try:
         tensors = renamed(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no .safetensors file ({error})") from error
+        raise UserError(f"{path} is damaged or no .safetensors file ({error}); one that was fetched is "
+                        "fetched again once it is deleted") from error
     with torch.device("meta"):                                  # shapes only: the numbers come from the file
         autoencoder = Autoencoder()
     wanted = autoencoder.state_dict()
@@ -306,49 +307,58 @@ class Latents(NamedTuple):
         side = torch.zeros_like(index) if mirrored is None else mirrored.long()
         mean, logvar = self.moments[index, side].float().chunk(2, dim=1)    # 2 of (B, 4, h, w)
         noise = torch.randn(mean.shape, generator=chance, device=mean.device)
-        return sample(mean, logvar, noise)
+        return draw_latent(mean, logvar, noise)
 
 
-def prepared(data, out, source, device, skip_broken=False, overwrite=False):
+def prepared(data, source, device, skip_broken=False, overwrite=False):
     """What the diffusion model trains on, on the device: data.train itself, or its Latents.
 
-    Latents are kept in out/latents, a file for each class, and encoded again when its pictures changed
-    (names, sizes, times). A cache that is complete needs no autoencoder. Raises UserError where it was made
-    by another one than `source` and is not to be overwritten, or where pictures cannot be read.
+    Latents are kept in out/NAME/latents-256 (or another number of pixels), a file for each class, and encoded
+    again when its pictures changed (names, sizes, times). A complete cache needs no published autoencoder.
+    Raises UserError where it was made by another one than `source` and is not to be overwritten, or where
+    pictures cannot be read.
     """
-    train, cache = data.train, out / "latents"
+    train = data.train
     if not data.recipe.latents:
         return train.to(device)
+    cache = pathlib.Path("out", data.name, f"latents-{train.size}")
     present = train.labels.unique().tolist()
     files = {c: cache / f"{train.classes[c]}.safetensors" for c in present}
     parts = {c: train.pick(train.labels == c) for c in present}
     wanted = {c: {"pictures": data_print(parts[c], times=True), "pixels": parts[c].size} for c in present}
     found = {c: cache_header(files[c]) for c in present}
     kept = [c for c in present if {key: found[c].get(key) for key in wanted[c]} == wanted[c]]
-    strangers = [found[c] for c in kept if found[c]["source"] != source]
-    autoencoder = None
-    if len(kept) < len(present) or strangers:
+    barrier()                                                   # all have looked before anyone writes
+    same = source in PUBLISHED and all(found[c]["source"] == source_name(source) for c in kept)
+    if len(kept) < len(present) or not same:
         autoencoder = load_autoencoder(source, device)
         made_by = encoder_print(autoencoder)
         if any(found[c]["encoder"] != made_by for c in kept):
             if not overwrite:
-                raise UserError(f"{cache} was made by another autoencoder than --vae {source}: choose --out "
-                                "ELSEWHERE, or --overwrite to encode anew")
+                raise UserError(f"{cache} was made by another autoencoder than --vae {source}: "
+                                "--overwrite encodes anew")
             kept = []
     stale = [c for c in present if c not in kept]
     if stale:
         print(f"encoding the pictures of {len(stale)} of {len(present)} classes into {cache}, once")
-    quiet = True if rank() else None
-    for c in tqdm(stale[rank()::world()], disable=quiet, leave=False, unit="class"):
-        moments = encode_twice(autoencoder, parts[c].read(skip_broken).images)
-        header = {**wanted[c], "source": source, "encoder": made_by}
-        with replacing(files[c]) as temporary:
+    mine = stale[rank()::world()]
+    with tqdm(total=sum(len(parts[c].files) for c in mine), disable=rank() > 0 or None, leave=False,
+              unit="picture") as bar:
+        for c in mine:
+            moments = encode_twice(autoencoder, parts[c].read(skip_broken).images, bar)
+            header = {**wanted[c], "source": source_name(source), "encoder": made_by}
             packed = safetensors.torch.save({"moments": moments}, {"nanodd": json.dumps(header)})
-            temporary.write_bytes(packed)
+            with replacing(files[c]) as temporary:
+                temporary.write_bytes(packed)
     barrier()
-    moments = [safetensors.torch.load_file(files[c])["moments"] for c in present]
+    moments = [safetensors.torch.load_file(files[c])["moments"].to(device) for c in present]
     labels = torch.tensor(present).repeat_interleave(torch.tensor([len(part) for part in moments]))
-    return Latents(torch.cat(moments).to(device), labels.to(device), train.classes)
+    return Latents(torch.cat(moments), labels.to(device), train.classes)
+
+
+def source_name(source):
+    """What records say of an autoencoder: the two published ones share their encoder; of a file its name."""
+    return "published" if source in PUBLISHED else pathlib.Path(source).name
 
 
 def cache_header(path):
@@ -360,17 +370,21 @@ def cache_header(path):
         return {}
 
 
-def encode_twice(autoencoder, images, chunk=8):
-    """(N, 3, H, W) uint8 -> (N, 2, 8, h, w) float16 on the CPU: mean and logvar, as they are and mirrored."""
+def encode_twice(autoencoder, images, bar, chunk=8):
+    """(N, 3, H, W) uint8 -> (N, 2, 8, h, w) float16 on the CPU: mean and logvar, as they are and mirrored.
+
+    bar: a tqdm that counts the pictures.
+    """
     device, rows = next(autoencoder.parameters()).device, []
     for part in images.split(chunk):
         x = to_float(part.to(device))
         both = [torch.cat(autoencoder.encode(side), dim=1) for side in (x, x.flip(3))]  # (b, 8, h, w)
         rows.append(torch.stack(both, dim=1).half().cpu())
+        bar.update(len(part))
     return torch.cat(rows)
 
 
-def decoder(latents, source, device, bf16=False):
+def decoder_of(latents, source, device, bf16=False):
     """(decode, print): decode turns what was drawn into pictures (B, C, H, W) about [-1, 1].
 
     Latents go through the autoencoder `source`, which print identifies; pixels pass through unchanged.

@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from convnet import ConvNet
 from data import device_named, load, new_parser, one_sentence
-from diffusion import DiT, Plan, Trainer, denoising_loss, draw
+from diffusion import DiT, Plan, Trainer, batch_index, denoising_loss, draw
 from minimax import MinMax
 from sample import guided
 from train_eval import dsa, normalise
@@ -85,7 +85,8 @@ def measure(device):
     losses = MinMax(recipe.lambda_r, recipe.lambda_d)
     plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, losses)
     for k in range(100):                                        # fills the memories
-        x0, labels, y, t, eps = draw(train, plan.batch, k, 0, False, rows)
+        x0, y, t, eps = draw(train, plan.batch, k, 0, False, rows)
+        labels = train.labels[batch_index(len(train.labels), plan.batch, k, 0).to(device)].tolist()
         with torch.no_grad():
             full.extra(denoising_loss(model, plain.schedule, x0, y, t, eps), x0, labels)
     without, with_losses = seconds(lambda: plain.step(0), device), seconds(lambda: full.step(0), device)

@@ -104,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused(imagenet, sentence, tmp_path):
 def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sentence, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root)
     assert "DiT-S-2-64x64.pt" in said and "diffusion.py --weights" in said
@@ -117,11 +117,11 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
     capsys.readouterr()
 
     def never(*_):
-        raise AssertionError("the autoencoder is not needed")
+        raise AssertionError("nothing is to be encoded")
     with monkeypatch.context() as patch:
-        patch.setattr(vae, "load_autoencoder", never)
+        patch.setattr(vae, "encode_twice", never)
         minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae),
-                      "--steps", "1", "--out", "out/imagewoof", "--overwrite"])
+                      "--steps", "1", "--out", "out/elsewhere"])
     assert "encoding" not in capsys.readouterr().out
     wnid = SUBSETS["imagewoof"][4]
     picture = imagenet.root / "train" / wnid / f"{wnid}_1.JPEG"
@@ -131,29 +131,32 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
     assert "encoding the pictures of 1 of 10 classes" in capsys.readouterr().out
 
 
-def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path):
+def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path, capsys):
     tune(imagenet)
+    capsys.readouterr()
     tensors = safetensors.torch.load_file(imagenet.vae)
     decoder_only = {**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] + 1}
     safetensors.torch.save_file(decoder_only, tmp_path / "decoder.safetensors")
-    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--steps", "1", "--out", "out/two"]
-    pathlib.Path("out/two").mkdir()
-    pathlib.Path("out/imagewoof/latents").rename("out/two/latents")
-    minimax.main([*words, "--vae", str(tmp_path / "decoder.safetensors")])  # the same encoder
+    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--steps", "1", "--vae"]
+    words[-1:-1] = ["--out", "out/two"]
+    minimax.main([*words, str(tmp_path / "decoder.safetensors")])  # the same encoder
+    assert "encoding" not in capsys.readouterr().out
     safetensors.torch.save_file({**tensors, "quant_conv.bias": tensors["quant_conv.bias"] + 1},
                                 tmp_path / "encoder.safetensors")
-    said = sentence(minimax.main, *words[:-4], "--steps", "2", "--out", "out/two", "--overwrite", "--vae",
-                    tmp_path / "none.safetensors")
-    assert "none.safetensors" in said
-    pathlib.Path("out/two/minimax.safetensors").unlink()
-    said = sentence(minimax.main, *words, "--vae", tmp_path / "encoder.safetensors")
+    words[-2] = "out/three"
+    assert "none.safetensors" in sentence(minimax.main, *words, tmp_path / "none.safetensors")
+    said = sentence(minimax.main, *words, tmp_path / "encoder.safetensors")
     assert "another autoencoder" in said and "--overwrite" in said
+    minimax.main([*words, str(tmp_path / "encoder.safetensors"), "--overwrite"])
+    assert "encoding the pictures of 10 of 10 classes" in capsys.readouterr().out
+    said = sentence(minimax.main, *words, tmp_path / "decoder.safetensors")  # a finished run of another
+    assert "encoder 'encoder.safetensors' there" in said
 
 
 def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     tune(imagenet)
     whole = load("imagewoof", imagenet.root)
-    latents = vae.prepared(whole, pathlib.Path("out/imagewoof"), str(imagenet.vae), torch.device("cpu"))
+    latents = vae.prepared(whole, str(imagenet.vae), torch.device("cpu"))
     assert latents.moments.shape == (20, 2, 8, 8, 8) and latents.moments.dtype == torch.float16
     picture = data.to_float(whole.train.pick(torch.tensor([3])).read().images)
     autoencoder = vae.load_autoencoder(str(imagenet.vae))

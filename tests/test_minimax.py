@@ -29,7 +29,7 @@ def batch(vectors, labels, reals=None):
     """A Denoised whose guesses are the given plane vectors, and the real images beside them."""
     guesses = torch.tensor(vectors).view(-1, 1, 1, 2).requires_grad_()
     reals = torch.tensor(reals if reals is not None else vectors).view(-1, 1, 1, 2)
-    return Denoised(torch.zeros(len(labels)), guesses, guesses * 0, guesses), reals, torch.tensor(labels)
+    return Denoised(torch.zeros(len(labels)), guesses, guesses * 0, guesses), reals, labels
 
 
 def test_hand_computed_vectors():
@@ -58,9 +58,9 @@ def test_gradients_reach_one_image_per_class_and_term_and_no_memory():
         losses.lambda_r, losses.lambda_d = weights
         labels = [0] * 6 + [1] * 6
         x0 = torch.randn(12, 1, 2, 2)
-        losses(Denoised(None, x0, x0, torch.randn(12, 1, 2, 2)), x0, torch.tensor(labels))
+        losses(Denoised(None, x0, x0, torch.randn(12, 1, 2, 2)), x0, labels)
         guess = torch.randn(12, 1, 2, 2, requires_grad=True)
-        total, _ = losses(Denoised(None, x0, x0, guess), x0, torch.tensor(labels))
+        total, _ = losses(Denoised(None, x0, x0, guess), x0, labels)
         total.backward()
         touched = guess.grad.flatten(1).any(dim=1)
         assert touched[:6].sum() == 1 and touched[6:].sum() == 1

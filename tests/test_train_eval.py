@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as TF
 
 import data
 import minimax
@@ -17,6 +19,7 @@ from data import load
 from train_eval import count_epochs, evaluate, train_judge
 
 plain = dataclasses.replace(data.RECIPES["digits"], augment="crop")
+gu = dataclasses.replace(plain, protocol="gu")
 
 
 def generator(seed=0):
@@ -31,10 +34,10 @@ def test_the_judge_memorises_ten_images():
 
 
 def test_the_judge_is_at_chance_on_shuffled_labels():
-    _, _, train, test = load("digits")
+    _, _, train, test, _ = load("digits")
     labels = train.labels[torch.randperm(200, generator=generator())]
     shuffled = train.pick(torch.arange(200))._replace(labels=labels)
-    _, accuracies = train_judge(shuffled, test, plain, epochs=15, seed=0)
+    _, accuracies = train_judge(shuffled, test, plain, epochs=15, seed=0, looks=1)
     assert accuracies[-1] < 30
 
 
@@ -142,7 +145,7 @@ def test_kmeans_of_one_image_is_the_class_mean():
 
 def test_large_sets_get_fewer_epochs():
     recipe = dataclasses.replace(plain, epochs=200, views=32_000)
-    assert [count_epochs(recipe, n) for n in (10, 100, 1257, 10**6)] == [200, 200, 25, 1]
+    assert [count_epochs(recipe, n, 10) for n in (10, 100, 1257, 10**6)] == [200, 200, 25, 1]
 
 
 def test_a_row_says_everything():
@@ -161,7 +164,7 @@ def test_labels_survive_the_trip_through_folders(tmp_path):
     for image, label in zip(whole.train.images[:300], whole.train.labels[:300].tolist(), strict=True):
         data.write_png(tmp_path / "real" / str(label) / f"{counts[label]:05}.png", image)
         counts[label] += 1
-    row = evaluate(str(tmp_path / "real"), whole, ipc=None, runs=1, seed=0, epochs=30)
+    row = evaluate(str(tmp_path / "real"), whole, ipc=None, runs=1, seed=0, epochs=20)
     assert row["images"] == 300 and row["mean"] > 85
     shutil.rmtree(tmp_path / "real" / "4")
     with pytest.raises(data.UserError, match=r"missing \['4'\]"):
@@ -176,11 +179,13 @@ def test_the_table_and_the_file(capsys):
     assert [row["train"] for row in rows] == [
         "out/digits/distilled", "herding", "kmeans+random", "random", "kmeans", "full"]
     assert [row["images"] for row in rows] == [20, 20, 40, 20, 20, 1257]
-    assert set(rows[0]) == {"data", "train", "ipc", "images", "judge", "epochs", "runs", "accuracy", "mean",
-                            "std", "best", "seconds", "device", "seed", "command"}
+    assert set(rows[0]) == {"data", "train", "ipc", "images", "protocol", "judge", "size", "epochs", "runs",
+                            "accuracy", "mean", "std", "best", "seconds", "device", "seed", "command"}
+    assert [rows[0][key] for key in ("protocol", "judge", "size")] == ["challenge", "ConvNetD3-W128", 16]
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
     said = capsys.readouterr().out
-    assert all(f"{row['mean']:.2f}" in said for row in rows)
+    assert all(f"{row['mean']:.2f}" in said for row in rows) and "best: of up to 10 epochs" in said
+    assert "digits | 1,257 images to train on, 540 to test | protocol challenge | judge ConvNetD3" in said
 
 
 def test_a_set_larger_than_the_real_one_has_no_random_row(capsys):
@@ -197,9 +202,256 @@ def test_what_makes_no_sense_is_refused(sentence, tmp_path):
     for argv, words in ((["random", "--ipc", 0], "--ipc must be"),
                         (["random", "--runs", 0], "--runs must be"),
                         (["random", "--epochs", 0], "--epochs must be"), (["nowhere"], "there is no nowhere"),
+                        (["random", "--size", 0], "--size must be"), (["--net", "lenet"], "choose convnet3"),
+                        (["random", "--net", "resnet18", "--size", 8], "16 pixels or more, not 8"),
                         (["random", "--ipc", 200], "fewer than --ipc 200")):
         assert words in sentence(train_eval.main, *argv)
     train = load("digits").train
     for c in range(10):
         data.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
     assert "fewer than --ipc 3" in sentence(train_eval.main, "one", "--ipc", 3)
+
+
+def test_gu_judges_train_by_their_table_of_epochs():
+    count = lambda ipc, classes=10: count_epochs(gu, ipc * classes, classes)
+    assert [count(ipc) for ipc in (1, 2, 10, 11, 50, 51, 200, 201, 500, 501, 1245)] == \
+        [3000, 2000, 2000, 1500, 1500, 1000, 1000, 500, 500, 300, 300]
+    assert [count(ipc, 100) for ipc in (1, 10, 20, 50, 100, 1300)] == [2000, 1300, 1000, 1000, 600, 200]
+
+
+def test_the_gu_rate_falls_by_a_fifth_at_two_thirds_and_five_sixths():
+    """As MultiStepLR does, without a fresh optimizer."""
+    for epochs in (3000, 1300, 7):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+        fall = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2 * epochs // 3, 5 * epochs // 6], gamma=0.2)
+        for epoch in range(epochs):
+            assert train_eval.gu_rate(epoch, epochs) == pytest.approx(fall.get_last_lr()[0])
+            optimizer.step()
+            fall.step()
+
+
+def spy(monkeypatch):
+    """A gu loss and looks that cost nothing, but are noted: sizes of batches, rates, looks, optimizers."""
+    sizes, rates, looks, made, real = [], [], [], [], torch.optim.SGD
+
+    def loss(judge, images, labels, recipe, g):
+        sizes.append(len(images))
+        rates.append(round(made[-1].param_groups[0]["lr"], 8))
+        return judge.classifier.bias.sum()
+    monkeypatch.setattr(torch.optim, "SGD", lambda *p, **how: made.append(real(*p, **how)) or made[-1])
+    monkeypatch.setattr(train_eval, "accuracy", lambda *_: looks.append(len(sizes)) or 0.)
+    monkeypatch.setitem(train_eval.PROTOCOLS, "gu", train_eval.PROTOCOLS["gu"]._replace(loss=loss))
+    return sizes, rates, looks, made
+
+
+def test_gu_batches_of_64_keep_the_last_part_and_one_optimizer(monkeypatch):
+    sizes, rates, looks, made = spy(monkeypatch)
+    some = load("digits").train.pick(torch.arange(70))
+    train_judge(some, some, gu, 12, 0)
+    assert sizes == [64, 6] * 12 and looks == list(range(2, 25, 2)) and len(made) == 1
+    assert rates == [0.01] * 16 + [0.002] * 4 + [0.0004] * 4
+    assert made[0].defaults["momentum"] == 0.9 and made[0].defaults["weight_decay"] == 5e-4
+
+
+def test_gu_looks_a_hundred_times_and_at_the_end(monkeypatch):
+    _, _, looks, _ = spy(monkeypatch)
+    one = load("digits").train.pick(torch.arange(1))
+    train_judge(one, one, gu, 300, 0)
+    assert looks == list(range(3, 301, 3))
+
+
+def test_the_judge_learns_under_gu():
+    train = load("digits").train
+    ten = train.pick(torch.stack([(train.labels == c).nonzero()[0, 0] for c in range(10)]))
+    _, accuracies = train_judge(ten, ten, gu, epochs=120, seed=0)
+    assert accuracies[-1] >= 80 and len(accuracies) == 100
+
+
+def test_random_boxes_are_torchvisions():
+    corners, sides = train_eval.random_boxes(4000, 224, generator())
+    inner = sides < 224
+    assert corners[inner].min() == 0 and (corners + sides)[inner].max() == 224 == (corners + sides).max()
+    assert all(torch.equal(part, part.round()) for part in (corners, sides))
+    draw = lambda: RandomResizedCrop.get_params(torch.zeros(3, 224, 224), (0.5, 1), (3 / 4, 4 / 3))
+    theirs = torch.tensor([draw() for _ in range(4000)])
+    mine = torch.cat([corners, sides]).T                          # top, left, height, width
+    assert torch.allclose(mine.mean(0), theirs.float().mean(0), atol=4)
+    assert torch.allclose(mine.std(0), theirs.float().std(0), atol=2)
+    share, ratio = sides.prod(0) / 224**2, sides[1] / sides[0]
+    assert 0.495 < share.min() < 0.51 and 0.99 < share.max() <= 1
+    assert 0.74 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.35
+
+
+def test_a_box_that_never_fits_is_the_whole(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.full(shape, 1 - 1e-6))  # all of it, 4 to 3
+    corners, sides = train_eval.random_boxes(2, 32, generator())
+    assert (corners == 0).all() and (sides == 32).all()
+
+
+def test_enlarged_boxes_are_torchvisions():
+    x = torch.rand(20, 3, 32, 32)
+    corners, sides = train_eval.random_boxes(20, 32, generator())
+    out = train_eval.enlarge(x, corners, sides)
+    for i in range(20):
+        box = [int(number) for number in (*corners[:, i], *sides[:, i])]
+        for antialias in (True, False):                           # the same, since nothing shrinks
+            assert torch.allclose(out[i:i + 1], TF.resized_crop(x[i:i + 1], *box, [32, 32],
+                                                                antialias=antialias), atol=1e-5)
+    whole = train_eval.enlarge(x, torch.zeros(2, 20), torch.full((2, 20), 32.))
+    assert torch.allclose(whole, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_two_fifths(channels):
+    x = torch.rand(4000, channels, 6, 6)
+    out = train_eval.jitter(x, generator())
+    mean = lambda z: TF.rgb_to_grayscale(z).mean(dim=(1, 2, 3))   # the other two keep it, in any order
+    brightness = mean(out) / mean(x)
+    spread = lambda z: TF.rgb_to_grayscale(z).std(dim=(1, 2, 3))
+    contrast = spread(out) / spread(x) / brightness
+    chroma = lambda z: (z - TF.rgb_to_grayscale(z)).std(dim=(1, 2, 3))
+    factors = [brightness, contrast] + [chroma(out) / chroma(x) / brightness / contrast] * (channels == 3)
+    for factor in factors:
+        assert 0.598 <= factor.min() < 0.61 and 1.39 < factor.max() <= 1.402 and abs(factor.mean() - 1) < 0.02
+    assert torch.corrcoef(torch.stack(factors)).fill_diagonal_(0).abs().max() < 0.05
+    if channels == 1:
+        expected = (x - mean(x).view(-1, 1, 1, 1)) * (brightness * contrast).view(-1, 1, 1, 1)
+        assert torch.allclose(out - mean(out).view(-1, 1, 1, 1), expected, atol=1e-5)
+
+
+def test_lighting_adds_one_colour_to_the_whole_image():
+    x = torch.rand(20_000, 3, 2, 2)
+    added = train_eval.lighting(x, generator()) - x
+    colour = added[:, :, 0, 0]
+    assert torch.allclose(added, colour[:, :, None, None].expand_as(added), atol=1e-6)
+    vectors = train_eval.PRINCIPAL / train_eval.PRINCIPAL.norm(dim=0)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(3), atol=1e-3)
+    along = (colour @ vectors).std(dim=0) / torch.tensor([0.2175, 0.0188, 0.0045])
+    assert torch.allclose(along, torch.full((3,), 0.1), rtol=0.03)
+    assert colour.mean(0).abs().max() < 1e-3
+    assert torch.equal(train_eval.lighting(x[:, :1], generator()), x[:, :1])
+
+
+def test_cutmix_pastes_a_box_of_the_partner_and_tells_its_area():
+    """Against plain integers: the box of Yun et al., cut off at the border."""
+    x = torch.arange(5.).view(5, 1, 1, 1).expand(5, 2, 24, 32) + 10      # each image has a value of its own
+    shares = []
+    for seed in range(300):
+        mixed, partner, own = train_eval.cutmix(x, generator(seed))
+        again = generator(seed)
+        assert torch.equal(partner, torch.randperm(5, generator=again))
+        lam, cy, cx = torch.rand(3, generator=again)
+        h, w = int(24 * torch.sqrt(1 - lam)), int(32 * torch.sqrt(1 - lam))
+        top, left = int(24 * cy) - h // 2, int(32 * cx) - w // 2
+        bottom, right = min(24, top + h // 2 * 2), min(32, left + w // 2 * 2)
+        expected = x.clone()
+        expected[:, :, max(0, top):bottom, max(0, left):right] = \
+            x[partner][:, :, max(0, top):bottom, max(0, left):right]
+        assert torch.equal(mixed, expected)
+        area = (bottom - max(0, top)) * (right - max(0, left))
+        assert float(own) == pytest.approx(1 - area / (24 * 32), abs=1e-6)
+        shares.append(float(own))
+    assert min(shares) < 0.25 and max(shares) > 0.98
+
+
+def test_the_mixed_loss_is_that_of_soft_labels(monkeypatch):
+    seen, real = [], train_eval.cutmix
+    monkeypatch.setattr(train_eval, "cutmix", lambda x, g: seen.append(real(x, g)) or seen[0])
+    logits, few = torch.randn(6, 10), load("digits").train.pick(torch.arange(6))
+    images = train_eval.at_size(few.images, 16)
+    judge = lambda x: logits if torch.equal(x, seen[0][0]) else None
+    loss = train_eval.gu_loss(judge, images, few.labels, gu, generator())
+    _, partner, own = seen[0]
+    labels = F.one_hot(few.labels, 10).float()
+    assert loss == pytest.approx(float(F.cross_entropy(logits, own * labels + (1 - own) * labels[partner])))
+
+
+def test_gu_mirrors_only_where_the_recipe_does(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_eval, "flip", lambda x, g: seen.append(1) or x)
+    for flip in (False, True):
+        train_eval.gu_loss(lambda x: x.flatten(1)[:, :10], torch.zeros(2, 1, 16, 16, dtype=torch.uint8),
+                           torch.tensor([0, 1]), dataclasses.replace(gu, flip=flip), generator())
+        assert len(seen) == flip
+
+
+def test_a_gu_row_names_its_protocol_and_its_best_is_no_less_than_its_last():
+    digits = load("digits")._replace(recipe=gu)
+    row = evaluate("random", digits, ipc=1, runs=2, seed=0, epochs=4)
+    assert (row["protocol"], row["judge"], row["size"], row["epochs"]) == ("gu", "ConvNetD3-W128", 16, 4)
+    assert row["best"] >= row["mean"] - 1e-3
+
+
+def test_batch_norm_judges_are_tested_in_their_other_mode():
+    train = load("digits").train.pick(torch.arange(24))
+    judge, _ = train_judge(train, train, dataclasses.replace(gu, net="timm:test_resnet"), 2, 0)
+    assert not judge.training and judge.net.bn1.num_batches_tracked == 2     # a look lies between them
+    alone, together = (torch.cat([judge(x) for x in train_eval.normalise(train.images, gu).split(n)])
+                       for n in (1, 24))
+    assert torch.allclose(alone, together, atol=1e-4)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """(Data of two classes, 6 JPEGs each to train on and 2 to test, read at 16 px; the names read so far)."""
+    for part, count in (("train", 6), ("test", 2)):
+        for c, name in enumerate(("ant", "bee")):
+            for i in range(count):
+                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+                level = torch.randint(120 * c, 120 * c + 100, (3, 20, 24)).to(torch.uint8)
+                TF.to_pil_image(level).save(tmp_path / part / name / f"{i}.jpg")
+    recipe = dataclasses.replace(data.RECIPES["imagenet"], net="convnet3", judge_size=16)
+    train, test = (data.list_folder(tmp_path / part, 16, 3) for part in ("train", "test"))
+    found, opened, real = data.Data("insects", recipe, train, test.read(), "a few"), [], data.open_image
+    monkeypatch.setattr(data, "open_image", lambda path, *how: opened.append(path) or real(path, *how))
+    monkeypatch.setitem(train_eval.PROTOCOLS, "gu",
+                        train_eval.PROTOCOLS["gu"]._replace(epochs=lambda *_: 2))
+    return found, opened
+
+
+def test_of_files_random_reads_only_the_chosen(files):
+    found, opened = files
+    row = evaluate("random", found, ipc=2, runs=2, seed=0)
+    assert len(opened) == 8 and row["images"] == 4 and row["protocol"] == "gu"
+    ours, whole = found.train, found.train.read()
+    del opened[:]
+    choose = train_eval.SELECTORS["random"]
+    one, two = (choose(train, 2, train.labels, generator()) for train in (ours, whole))
+    assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels) and len(opened) == 4
+    one, two = (train_eval.kmeans(train, 2, None, generator()) for train in (ours, whole))
+    assert torch.equal(one.images, two.images) and len(opened) == 16
+
+
+def test_of_files_herding_and_kcenter_read_all_once(files):
+    found, opened = files
+    features = train_eval.judge_features(found, 0, False)
+    for source, images in (("herding", 4), ("kcenter", 4), ("herding+kcenter", 8)):
+        assert evaluate(source, found, ipc=2, runs=1, seed=0, features=features)["images"] == images
+    assert len(opened) == 12
+
+
+def test_imagenets_protocol_from_the_command_line(pictures, tmp_path, capsys):
+    """Any folder, as files; a distilled folder of larger pictures is brought to the judge's size."""
+    for name, level in (("ant", 40), ("bee", 200)):
+        data.write_png(tmp_path / "drawn" / name / "0.png", torch.full((3, 64, 64), level, dtype=torch.uint8))
+    argv = ["--data", str(pictures), "--recipe", "imagenet", "--net", "resnetap10", "--size", "16"]
+    train_eval.main(["drawn", "drawn+full", "kmeans", *argv, "--runs", "1", "--epochs", "2"])
+    rows = [json.loads(line) for line in open("out/pictures/results.jsonl")]
+    assert [(row["train"], row["images"]) for row in rows] == \
+        [("drawn", 2), ("drawn+full", 18), ("kmeans", 2), ("random", 2)]
+    assert all((row["protocol"], row["judge"], row["size"]) == ("gu", "ResNetAP-10", 16) for row in rows)
+    said = capsys.readouterr().out
+    assert "16 images to train on, 4 to test | protocol gu | judge ResNetAP-10 at 16 px" in said
+    assert "best: of up to 100 epochs" in said
+
+
+def test_broken_files_are_named_or_left_out(pictures, sentence, capsys):
+    for broken in pictures.glob("ant/*.png"):
+        if broken.stem < "8":
+            broken.write_bytes(b"no picture")
+    argv = ["full", "--data", str(pictures), "--recipe", "imagenet", "--net", "convnet3", "--size", "16",
+            "--runs", "1", "--epochs", "1", "--ipc", "1"]
+    assert "--skip-broken leaves them out" in sentence(train_eval.main, *argv)
+    train_eval.main([*argv[:-2], "--ipc", "8", "--skip-broken"])
+    assert "left out: cannot read the image" in "".join(capsys.readouterr())
+    assert all(json.loads(line)["images"] < 16 for line in open("out/pictures/results.jsonl"))

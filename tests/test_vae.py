@@ -197,8 +197,8 @@ def test_the_mean_comes_first_and_the_log_variance_is_clamped(mini):
 
 def test_a_sample_has_the_scaled_mean_and_deviation():
     mean, logvar = torch.full((1, 4, 100, 100), 3.), torch.full((1, 4, 100, 100), 2 * math.log(5.))
-    assert torch.allclose(vae.sample(mean, logvar, torch.zeros_like(mean)), 0.18215 * mean)
-    z = vae.sample(mean, logvar, torch.randn_like(mean))          # 40,000: their mean deviates by 0.005
+    assert torch.allclose(vae.draw_latent(mean, logvar, torch.zeros_like(mean)), 0.18215 * mean)
+    z = vae.draw_latent(mean, logvar, torch.randn_like(mean))          # 40,000: their mean deviates by 0.005
     assert z.mean().item() == pytest.approx(0.18215 * 3, abs=0.02)
     assert z.std().item() == pytest.approx(0.18215 * 5, rel=0.02)
 
