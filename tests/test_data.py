@@ -1,6 +1,7 @@
 """Labels survive every trip; any picture is read; what cannot be read is named."""
 import errno
 import hashlib
+import urllib.error
 
 import numpy as np
 import pytest
@@ -136,6 +137,42 @@ def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, wo
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ValueError), data.one_sentence(data.new_parser("")):
         raise ValueError("ours")
+
+
+def test_a_cut_off_download_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "weights.bin").write_bytes(bytes(10))
+    url = (tmp_path / "weights.bin").as_uri()
+    assert data.fetch(url, "whole.bin", "--flag").read_bytes() == bytes(10)
+
+    def short(url, filename, advance):
+        raise urllib.error.ContentTooShortError("got 5 out of 10 bytes", None)
+    monkeypatch.setattr("urllib.request.urlretrieve", short)
+    with pytest.raises(UserError, match="cannot fetch .* point --flag at the file"):
+        data.fetch(url, "cut.bin", "--flag")
+    assert [path.name for path in (tmp_path / "hub/checkpoints").iterdir()] == ["whole.bin"]
+
+
+def test_out_of_memory_is_a_sentence_on_a_cpu_too(capsys):
+    for full in (lambda: torch.empty(10**15), lambda: bytes(10**15)):
+        with pytest.raises(SystemExit), data.one_sentence(data.new_parser("a test")):
+            full()
+        assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_renamed_class_is_another_data_set():
+    whole = data.load("digits").train
+    renamed = whole._replace(classes=[*whole.classes[:9], "nine"])
+    assert data.data_print(whole) != data.data_print(renamed)
+
+
+def test_digits_are_no_latents(sentence):
+    assert "drawn as pixels" in sentence(data.main, "--recipe", "imagenet")
+
+
+def test_kept_commands_hold_no_absolute_path(tmp_path):
+    assert data.command("/x/sample.py", [f"--out={tmp_path}/a", str(tmp_path / "b"), "--ipc", "1"]) == \
+        "python sample.py --out=a b --ipc 1"
 
 
 def test_an_absent_device_is_refused(sentence):

@@ -65,13 +65,14 @@ def test_pictures_to_judged_set(imagenet, capsys):
     assert all(row["judge"] == "ResNetAP-10" and row["protocol"] == "gu" for row in rows)
 
 
-def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet):
+def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet, sentence):
     diffusion.main(["--weights", str(imagenet.weights)])
     base = diffusion.published_base(data.RECIPES["imagenet"])
     sample.main(["--data", "imageidc", "--checkpoint", str(base), "--steps", "1", "--ipc", "1",
                  "--vae", str(imagenet.vae)])
     assert sorted(path.name for path in pathlib.Path("out/imageidc/distilled").iterdir()) == \
         sorted(SUBSETS["imageidc"])
+    assert "is of the data set imagenet, not digits" in sentence(sample.main, "--checkpoint", base)
 
 
 def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_average(imagenet, tmp_path):
@@ -98,7 +99,9 @@ def test_weights_that_do_not_fit_are_refused(imagenet, sentence, tmp_path):
     assert "size 8, not 64" in said
     (tmp_path / "junk.pt").write_bytes(b"junk")
     assert "holds no DiT weights" in sentence(diffusion.main, "--weights", tmp_path / "junk.pt")
-    assert "holds no DiT weights" in sentence(diffusion.main, "--weights", tmp_path / "none.pt")
+    assert "there is no file" in sentence(diffusion.main, "--weights", tmp_path / "none.pt")
+    said = sentence(diffusion.main, "--weights", imagenet.weights, "--steps", 5)
+    assert "leave --out and --steps out" in said
 
 
 def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sentence, monkeypatch):
@@ -208,7 +211,7 @@ def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
     assert f"{wnid}_3.JPEG" in said and "1 of 3 images" in said and "--skip-broken" in said
     minimax.main([*map(str, words), "--skip-broken"])
     assert f"left out: cannot read the image {imagenet.root}/train/{wnid}/{wnid}_3.JPEG" in \
-        capsys.readouterr().out
+        capsys.readouterr().err
     (imagenet.root / "train" / wnid).rename(imagenet.root / "elsewhere")
     said = sentence(minimax.main, *words)
     assert wnid in said and "1 of the 10 classes" in said

@@ -75,7 +75,7 @@ def test_both_guesses_agree_on_noise_and_differ_on_clean_images():
         x0_hat = schedule.x0_from_eps(xt, t, eps)
         assert cosine(x0_hat.flatten(), (xt - eps).flatten()) == pytest.approx(agreement, abs=0.08)
     losses = MinMax(1., 1., z_hat="paper")
-    losses(Denoised(None, xt, eps, x0_hat), x0, torch.tensor([0]))
+    losses(Denoised(None, xt, eps, x0_hat), x0, [0])
     assert torch.equal(losses.generated.get(0)[0], (xt - eps).flatten())
 
 

@@ -269,6 +269,33 @@ def test_an_npz_holds_the_same_images(tuned):
     assert not pathlib.Path("npz/distilled.npz.parts").exists()
 
 
+def test_what_a_killed_write_left_is_not_joined(tuned):
+    words = ["--npz", "--ipc", "2", "--steps", "2", "--batch", "7"]
+    sample.main([*words, "--out", "whole"])
+    pathlib.Path("cut/distilled.npz.parts").mkdir(parents=True)
+    pathlib.Path("cut/distilled.npz.parts/.000000007.npy.123.tmp").write_bytes(b"half a block")
+    record = json.loads(pathlib.Path("whole/distilled.json").read_text())
+    pathlib.Path("cut/distilled.json").write_text(json.dumps({**record, "ipc": 0}))
+    sample.main([*words, "--out", "cut"])
+    whole, cut = (read_set(f"{out}/distilled.npz", 8, 1) for out in ("whole", "cut"))
+    assert torch.equal(whole.images, cut.images) and torch.equal(whole.labels, cut.labels)
+
+
+def test_two_kinds_of_checkpoint_in_one_folder_are_not_guessed_between(tuned, sentence):
+    minimax.main(["--phases", "5"])
+    said = sentence(sample.main)
+    assert "minimax.safetensors and phases" in said and "--checkpoint" in said
+    sample.main(["--checkpoint", "out/digits/minimax.safetensors", "--ipc", "1", "--steps", "1"])
+
+
+def test_phases_of_other_settings_are_not_mixed(sentence):
+    minimax.main(["--classes", "0-4"])
+    minimax.main(["--classes", "5-9", "--lambda-r", "1"])
+    assert "lambda_r 1.0 there, 0.002 here" in sentence(sample.main)
+    assert "is no range A-B" in sentence(minimax.main, "--classes", "5-10")
+    assert "choose one" in sentence(minimax.main, "--classes", "5-9", "--phases", 2)
+
+
 def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
     sample.main(["--ipc", "1"])
     kept = files()
