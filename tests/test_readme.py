@@ -90,3 +90,25 @@ def test_every_flag_is_explained(capsys):
         assert stop.value.code == 0 and module.__doc__.splitlines()[0] in said
         for flag in re.findall(r"^  (--[\w-]+)(.*)", said, re.M):
             assert flag[1].strip() or re.search(rf"^  {flag[0]}.*\n {{20,}}\w", said, re.M), flag
+
+
+def test_the_speed_at_imagenets_size_is_what_was_measured():
+    row = json.loads((ROOT / "results/imagenet-speed.jsonl").read_text().splitlines()[-1])
+    ten, fifty = (row["sampling"][f"{steps} steps"] for steps in (10, 50))
+    tuning = row["tuning"]
+    assert (f"{row['matrix_tflops']:.2f} TFLOP/s of matrix product), DiT-{row['network']}/2 drew "
+            f"{ten['images_per_second']:.2f} images a second at 10 steps and "
+            f"{fifty['images_per_second']:.2f} at 50, with guidance and decoded, at {100 * ten['share']:.0f} and {100 * fifty['share']:.0f} % "
+            "of the matrix product's rate") in README
+    assert (f"made {tuning['steps_per_second']:.2f} steps of 8 images a second, {tuning['cache_gain']:.1f} "
+            "times as many as with the autoencoder in the loop, and the min-max losses cost "
+            f"{100 * tuning['losses_share']:.1f} % of a step") in README
+
+
+def test_the_sizes_at_imagenets_scale_follow_from_the_recipe():
+    recipe = data.RECIPES["imagenet512"]                        # the tests' own "imagenet" is a small one
+    cells, channels = (recipe.size // 2) ** 2, recipe.channels
+    assert f"the latent cache {2 * 2 * channels * cells * 2 / 1e3:.0f} kB a picture" in README
+    assert f"{12_454 * 2 * 2 * channels * cells * 2 / 1e9:.1f} GB for ImageWoof" in README
+    assert f"ten classes take {2 * 10 * 64 * channels * cells * 4 / 1e6:.0f} MB" in README
+    assert f"a fine-tuned checkpoint {1_739_552 * 4 / 1e6:.0f} MB" in README
