@@ -637,16 +637,7 @@ def fit(trainer, path, header, overwrite=False):
     path, plan = pathlib.Path(path), trainer.plan
     path.parent.mkdir(parents=True, exist_ok=True)
     resume = path.with_suffix(".resume.pt")
-    start, seconds, sums, log = 0, 0.0, {}, []
-    if resume.exists():
-        state = torch.load(resume, map_location=trainer.rows.device, weights_only=True)
-        if not overwrite:
-            check_settings(state["settings"], header["settings"], resume)
-        if state["settings"] == header["settings"]:
-            start, seconds, sums, log = state["step"], state["seconds"], state["sums"], state["log"]
-            trainer.load_state_dict(state["trainer"])
-            print(f"going on from step {start}")
-        del state                                               # it is as large as what it restored
+    start, seconds, sums, log = restored(trainer, resume, header["settings"], overwrite)
     line_every = max(1, plan.steps // 10)
     saved, save_cost = time.monotonic(), 0.0
     began = saved - seconds
@@ -690,6 +681,23 @@ def fit(trainer, path, header, overwrite=False):
         save_checkpoint(path, kept, {**header, "step": plan.steps})
         resume.unlink(missing_ok=True)
     barrier()                                                   # nobody looks for the file before it is there
+
+
+def restored(trainer, resume, settings, overwrite):
+    """Brings the trainer to where the run in the file `resume` was: (step, seconds, sums, log); else a start.
+
+    Raises UserError where that run had other settings and is not to be overwritten.
+    """
+    if not resume.exists():
+        return 0, 0.0, {}, []
+    state = torch.load(resume, map_location=trainer.rows.device, weights_only=True)
+    if state["settings"] != settings:
+        if not overwrite:
+            check_settings(state["settings"], settings, resume)
+        return 0, 0.0, {}, []
+    trainer.load_state_dict(state["trainer"])
+    print(f"going on from step {state['step']}")
+    return state["step"], state["seconds"], state["sums"], state["log"]
 
 
 def mean_of_processes(sums):
