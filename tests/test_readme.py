@@ -99,7 +99,8 @@ def test_the_speed_at_imagenets_size_is_what_was_measured():
     assert (f"{row['matrix_tflops']:.2f} TFLOP/s of matrix product), DiT-{row['network']}/2 drew "
             f"{ten['images_per_second']:.2f} images a second at 10 steps and "
             f"{fifty['images_per_second']:.2f} at 50, with guidance and decoded, at "
-            f"{100 * ten['share']:.0f} and {100 * fifty['share']:.0f} % of the matrix product's rate") in README
+            f"{100 * ten['share']:.0f} and {100 * fifty['share']:.0f} % of the matrix product's "
+            "rate") in README
     assert (f"made {tuning['steps_per_second']:.2f} steps of 8 images a second, {tuning['cache_gain']:.1f} "
             "times as many as with the autoencoder in the loop, and the min-max losses cost "
             f"{100 * tuning['losses_share']:.1f} % of a step") in README
