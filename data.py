@@ -51,23 +51,23 @@ class UserError(ValueError):
 
 
 @contextmanager
-def one_sentence(parser):
+def one_sentence(parser, again="the same command goes on"):
     """Turns a UserError, a full disk or memory, or Ctrl-C in the block into one line on stderr, exit code 2.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Anything else is a bug of ours and keeps its traceback. again: what to do after Ctrl-C.
     """
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(2, f"\n{parser.prog}: stopped by Ctrl-C; what was finished is kept, "
-                       "and the same command goes on\n")
+                       f"and {again}\n")
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:                # torch has a class of its own on GPUs only
         if not re.search("^$|out of memory|can't allocate memory", str(error)):
             raise
         known = parser.format_help()
-        helps = [flag for flag in ("--recompute", "--batch", "--bf16") if f"{flag} " in known]
+        helps = [flag for flag in ("--recompute", "--batch", "--bf16", "--size") if f"{flag} " in known]
         parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(helps) or 'a smaller set'} "
                        "(a smaller number where it takes one)\n")
     except OSError as error:
@@ -86,7 +86,10 @@ def replacing(path):
     A killed run therefore leaves the last good file, never half of a new one.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -346,6 +349,7 @@ def write_png(path, image):
 @dataclass(frozen=True)
 class Recipe:
     """All that the other files take from the data set."""
+    name: str
     size: int                  # of what the diffusion model draws: pixels, or latent cells (8 pixels each)
     channels: int              # 1 or 3; of latents 4
     latents: bool              # whether it draws latents, which the autoencoder (vae.py) turns into pictures
@@ -392,7 +396,7 @@ RECIPES = {
     # most of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave
     # room in. Black stays 0 under the judge's normalisation, so that augmentation fills with background.
     "digits": Recipe(
-        size=8, channels=1, latents=False, weights="",
+        name="digits", size=8, channels=1, latents=False, weights="",
         network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
         tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
         tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=False,
@@ -400,7 +404,7 @@ RECIPES = {
         mean=(0.,), std=(.5,), epochs=200, views=40_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
-        size=32, channels=3, latents=False, weights="",
+        name="folder", size=32, channels=3, latents=False, weights="",
         network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
         tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
         tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=True,
@@ -409,14 +413,14 @@ RECIPES = {
     # Gu et al. 2024: 256-pixel pictures from the published DiT-XL/2. Their average starts at the published
     # weights, and still holds 30 % of them after 12,000 steps.
     "imagenet": Recipe(
-        size=32, channels=4, latents=True, weights="DiT-XL-2-256x256",
+        name="imagenet", size=32, channels=4, latents=True, weights="DiT-XL-2-256x256",
         network="XL", patch=2, steps=400_000, batch=256, lr=1e-4, ema=.9999,
         tune_steps=0, tune_epochs=8, tune_batch=8, tune_lr=1e-3, tune_beta2=.999,
         tune_ema=.9999, tune_warm=False, lambda_r=.002, lambda_d=.008, guidance=4., flip=True,
         net="resnetap10", judge_size=224, protocol="gu", augment="",
         mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=4_000_000),
 }
-RECIPES["imagenet512"] = replace(RECIPES["imagenet"], size=64, weights="DiT-XL-2-512x512")
+RECIPES["imagenet512"] = replace(RECIPES["imagenet"], name="imagenet512", size=64, weights="DiT-XL-2-512x512")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -494,6 +498,11 @@ def data_name(data, root=None, validation=False):
     return name + "-validation" if validation else name
 
 
+def own_recipe(data):
+    """The name of the recipe that --data NAME or DIR has of its own."""
+    return "digits" if data == "digits" else "imagenet" if data in SUBSETS else "folder"
+
+
 def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
     """The data set called `data`, or the folder of that name, as Data.
 
@@ -503,8 +512,7 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
     Raises UserError where there is no such data set, folder or recipe, or where a split lacks a class.
     """
     name = data_name(data, root, validation)
-    own = "digits" if data == "digits" else "imagenet" if data in SUBSETS else "folder"
-    recipe = RECIPES[recipe or own]
+    recipe = RECIPES[recipe or own_recipe(data)]
     split_name = ""
     if data == "digits":
         if recipe.latents:
@@ -526,10 +534,14 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
 
 def split(whole, fraction):
     """A fixed split that keeps the shares of the classes: (1 - fraction, fraction) of an ImageSet."""
+    fewest = int(whole.labels.bincount().argmin())
+    if (whole.labels == fewest).sum() < 2:
+        raise UserError(f"the class {whole.classes[fewest]} has one image only: two are needed, to hold one "
+                        "back")
     try:
         kept, held = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
                                       stratify=whole.labels.numpy())
-    except ValueError as error:                                 # a class of one, or fewer images than classes
+    except ValueError as error:                                 # fewer images than classes to hold back
         raise UserError(f"too few images to hold {fraction:.0%} of each class back: {error}") from error
     return whole.pick(torch.from_numpy(np.sort(kept))), whole.pick(torch.from_numpy(np.sort(held)))
 
@@ -583,11 +595,14 @@ def imagenet(name, root, recipe):
     parts, classes = [], class_list(name)
     for part in ("train", "val"):
         path = pathlib.Path(root, part)
+        if not path.is_dir():
+            raise UserError(f"there is no ImageNet at {root}: it should hold train/ and val/, and {path} is "
+                            "missing")
         missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
         if missing:
-            raise UserError(f"there is no ImageNet at {root}: {path}/{missing[0]} is missing, and "
-                            f"{len(missing)} of the {len(classes)} classes of {name} in all "
-                            "(ImageNet's validation images must be sorted into class folders, too)")
+            sort = " (the validation images must be sorted into class folders)" if part == "val" else ""
+            raise UserError(f"{path}/{missing[0]} is missing, and {len(missing)} of the {len(classes)} "
+                            f"classes of {name} in all{sort}")
         parts.append(list_folder(path, recipe.pixels, recipe.colours, classes))
     train, test = parts
     resplit = any(re.match(r"n\d{8}_", file.name) for file in test.files)   # a name of the training split
@@ -692,7 +707,7 @@ def same_data(args, *more):
     more: further flags to repeat where they were given, such as "--out".
     """
     flags = [] if args.data == "digits" else ["--data", args.data]
-    flags += ["--root", args.root] if args.root else []
+    flags += ["--root", args.root or "DIR"] if args.root or args.data in SUBSETS else []
     flags += ["--validation"] * args.validation
     for flag in more:
         value = getattr(args, flag.strip("-"))
@@ -738,8 +753,7 @@ def main(argv=None):
             print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
         print("recipe | "
               + " ".join(f"{field.name}={getattr(recipe, field.name)}" for field in fields(recipe)))
-        print(f"-> python {'minimax' if recipe.weights else 'diffusion'}.py{same_data(args, '--recipe')}"
-              + " --skip-broken" * args.skip_broken)
+        print(f"-> python minimax.py{same_data(args, '--recipe')}" + " --skip-broken" * args.skip_broken)
 
 
 if __name__ == "__main__":

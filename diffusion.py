@@ -18,6 +18,7 @@ import io
 import json
 import math
 import pathlib
+import shlex
 import time
 from typing import NamedTuple
 
@@ -494,11 +495,13 @@ def convert(recipe, file, path, typed, overwrite):
                         "choose another --recipe")
     rebuild(config, tensors, file)                              # only to refuse what does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
-              "cut": "published weights", "classes": imagenet_classes(), "phase": [0, 999],
-              "rows": list(range(1001)), "guidance": recipe.guidance, "settings": settings, "command": typed,
+              "cut": "published weights", "recipe": recipe.name, "classes": imagenet_classes(),
+              "phase": [0, 999], "rows": list(range(1001)), "guidance": recipe.guidance,
+              "settings": settings, "command": typed,
               "step": 0}
     save_checkpoint(path, tensors, header)
-    print(f"{file} -> {path}")
+    millions = sum(tensor.numel() for tensor in tensors.values()) / 1e6
+    print(f"{file} | DiT-{config['network']}/{config['patch']}, {millions:.0f}M parameters -> {path}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -715,8 +718,9 @@ def new_header(data, config, settings, typed):
     """What every checkpoint says of itself: how to rebuild the network, and where it came from."""
     rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
     return {"config": config, "schedule": "linear", "latents": data.recipe.latents, "data": data.name,
-            "cut": data.cut, "classes": data.train.classes, "phase": [0, len(rows) - 2], "rows": rows,
-            "guidance": data.recipe.guidance, "settings": settings, "command": typed}
+            "cut": data.cut, "recipe": data.recipe.name, "classes": data.train.classes,
+            "phase": [0, len(rows) - 2], "rows": rows, "guidance": data.recipe.guidance,
+            "settings": settings, "command": typed}
 
 
 def finished(path, settings, overwrite):
@@ -793,7 +797,7 @@ def main(argv=None):
                    bf16=args.bf16, compiled=args.compile, skip_broken=args.skip_broken,
                    overwrite=args.overwrite, typed=typed)
         print(f"{path} -> python minimax.py{same_data(args, '--recipe', '--out')}"
-              + (f" --base {path}" if args.out else ""))
+              + (f" --base {shlex.quote(str(path))}" if args.out else ""))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ such file for each group of classes, minimax-0-19.safetensors and so on.
 """
 import os
 import pathlib
+import shlex
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,7 @@ class MinMax:
 
         Compares before it pushes, so that no guess meets its own copy of this step. A class whose memory is
         still empty adds nothing but counts in the mean. Many processes remember the same, the whole batch,
-        but each looks for the extremum in its own share.
+        but each looks for the extremum, and takes the mean, in its own share.
         """
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
@@ -175,7 +176,9 @@ def checked(args, recipe):
 
 def base_of(args, data, home, device, typed):
     """Where the base model lies; makes it, or takes the published weights, where there is none."""
-    path, recipe = args.base or home / "base.safetensors", data.recipe
+    path, recipe = args.base or (args.out or home) / "base.safetensors", data.recipe
+    if not args.base and not path.is_file():
+        path = home / path.name
     if path.is_file():
         return path
     if args.base:
@@ -188,7 +191,7 @@ def base_of(args, data, home, device, typed):
         if not published_base(recipe).is_file():
             import_weights(recipe, None, typed, args.overwrite)
         return published_base(recipe)
-    print(f"no {path} yet: making it first, once")
+    print(f"no {path} yet: making it first, once (python diffusion.py --steps N makes a quicker, worse one)")
     train_base(data, path, steps=recipe.steps, seed=args.seed, device=device, vae=args.vae, bf16=args.bf16,
                compiled=args.compile, skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed)
     return path
@@ -215,8 +218,8 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--base", type=pathlib.Path, metavar="FILE",
-                        help="what to start from (default: out/NAME/base.safetensors, made with this --seed "
-                             "if there is none; for ImageNet the published weights, fetched)")
+                        help="what to start from (default: base.safetensors in --out or out/NAME, made with "
+                             "this --seed if there is none; for ImageNet the published weights, fetched)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="images a step, of all processes (default: the recipe's)")
     parser.add_argument("--lambda-r", type=float, help="weight of representativeness (default: the recipe's)")
@@ -254,8 +257,9 @@ def run(args, typed):
         path = (args.out or home) / f"{name}.safetensors"
         tune_phase(args, data, (first, last), base, rows, path, numbers, device, typed)
     source = path if len(ranges) == 1 else path.parent
-    print(f"{source} -> python sample.py --steps 10{same_data(args, '--out')}"
-          + (f" --checkpoint {source}" if args.out or name != "minimax" else ""))
+    how = "--sampler ddpm --grid uniform --steps 50 --cfg-channels 3" if data.recipe.latents else "--steps 10"
+    print(f"{source} -> python sample.py {how}{same_data(args, '--out')}"
+          + (f" --checkpoint {shlex.quote(str(source))}" if args.out or args.classes else ""))
 
 
 def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):

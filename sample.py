@@ -29,8 +29,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import (UserError, add_flags, barrier, check_settings, class_list, command, data_name, device_named,
-                  many_processes, new_parser, one_sentence, open_image, rank, replacing, same_data, to_uint8,
-                  world, write_png)
+                  many_processes, new_parser, one_sentence, open_image, own_recipe, rank, replacing,
+                  same_data, to_uint8, world, write_png)
 from diffusion import (Schedule, chosen_bf16, learned_log_variance, load_model, load_tensors, posterior,
                        read_header, rows_of)
 from vae import decoder_of
@@ -266,10 +266,15 @@ def distil(draw, store, record, total, budget, batch, save):
 
     draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from
     the first batch to the last file on disk) go on from where a stopped run was. save: writes the record.
-    Of many processes each draws one block of every wave, and all of them stop after the same wave.
-    Returns the (label, index) of the images of all complete rounds; no others are kept.
+    Of many processes each draws one block of every wave, and all of them stop after the same wave. The first
+    that is drawn takes longer, for it warms up: it is forgotten once there is a second.
+    Returns the (label, index) of the images of all complete rounds; no others are kept. Raises UserError
+    where the budget holds no round, or was spent before.
     """
-    K, done, wave, longest = len(record["classes"]), 0, 0, 0.0
+    if record["seconds"] > budget:
+        raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
+                        f"{budget:g}: raise it, or choose --out ELSEWHERE")
+    K, done, wave, drawn, longest = len(record["classes"]), 0, 0, 0, 0.0
     began, quiet = time.monotonic() - record["seconds"], True if rank() else None
     with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
         while block(wave * world(), batch, K, total):
@@ -283,8 +288,9 @@ def distil(draw, store, record, total, budget, batch, save):
                     break
                 if needed:
                     store.write(mine, draw(mine))
-                spent = time.monotonic() - started
-                longest, record["seconds"] = max(longest, of_all(spent)), time.monotonic() - began
+                spent, drawn = of_all(time.monotonic() - started), drawn + 1
+                longest = spent if drawn <= 2 else max(longest, spent)
+                record["seconds"] = time.monotonic() - began
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
@@ -335,8 +341,8 @@ def checked(args):
         raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
     if args.eta > 0 and args.sampler == "ddpm":
         raise UserError("--eta belongs to DDIM: DDPM has noise of its own")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        raise UserError(f"--guidance must be a number, not {args.guidance}")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance must be a number, 0 or more, not {args.guidance}")
     if budget is None:
         return args.ipc or 10, math.inf
     return math.inf, budget
@@ -350,7 +356,7 @@ def main(argv=None):
                              "file (default: %(default)s, as Gu et al., who encode with ema)")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: "
-                             "out/NAME/minimax.safetensors, or the minimax-A-B.safetensors there)")
+                             "minimax.safetensors, or all minimax-A-B.safetensors, in --out or out/NAME)")
     parser.add_argument("--steps", type=int, default=10,
                         help="each is a network call, two with guidance (default: %(default)s)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
@@ -391,22 +397,24 @@ def open_record(path, fresh, stores, overwrite):
         found = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): choose --out ELSEWHERE, or remove it") from error
-    if found["settings"] == fresh["settings"]:
+    if found.get("settings") == fresh["settings"]:
         return found
     if not overwrite:
-        check_settings(found["settings"], fresh["settings"], path)
+        check_settings(found.get("settings", {}), fresh["settings"], path)
     path.unlink()
     for store in stores:
         store.remove()
     return fresh
 
 
-def checkpoints(place, home, redo):
+def checkpoints(place, folders, redo):
     """What to sample from: a file, or a list of phases that should hold all classes between them.
 
-    place: --checkpoint, a file or a folder, or None for `home`. redo: the command that makes one.
+    place: --checkpoint, a file or a folder, or None for the first of `folders` that holds any. redo: the
+    command that makes one.
     """
-    folder = home if place is None else place
+    held = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
+    folder = place or (held or folders)[0]
     if folder.is_file():
         return folder
     whole, phases = folder / "minimax.safetensors", sorted(folder.glob("minimax-*-*.safetensors"))
@@ -442,8 +450,11 @@ def opened(source, name, device):
     phases, expected = [], 0
     for other, path in headers:
         first, last = other["phase"]
-        alike = [{**each["settings"], "data": None, "steps": None} for each in (other, header)]
-        check_settings(*alike, path)                            # phases differ in their images, and how many
+        differ = [key for key, value in other["settings"].items() if value != header["settings"].get(key)
+                  and key not in ("data", "steps")]             # their images, and how many these are
+        if differ:
+            raise UserError(f"{path} was tuned with another {differ[0]} ({other['settings'][differ[0]]!r}) "
+                            f"than {first_path} ({header['settings'][differ[0]]!r}): tune all phases alike")
         if first != expected:
             raise UserError(f"{path} has the classes {first}-{last}, but class {expected} should come next: "
                             "run the missing --classes, or remove what overlaps")
@@ -510,13 +521,15 @@ def run(args, typed):
     times, device = timesteps(args.steps, args.grid), device_named(args.device)
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
-    source, out = checkpoints(args.checkpoint, home, f"python minimax.py{same_data(args)}"), args.out or home
+    out = args.out or home
+    source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}")
     model, header, phases = opened(source, name, device)
     guidance = header["guidance"] if args.guidance is None else args.guidance
     classes, config = header["classes"], header["config"]
-    if args.cfg_channels is not None and (guidance == 1 or not 1 <= args.cfg_channels <= config["channels"]):
-        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, and wants a guidance "
-                        f"other than 1; they are {args.cfg_channels} and {guidance:g}")
+    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= config["channels"]:
+        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, not {args.cfg_channels}")
+    if args.cfg_channels is not None and guidance == 1:
+        raise UserError("--cfg-channels has nothing to choose with --guidance 1, which is none")
     bf16 = chosen_bf16(args.bf16, device, config["network"])
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
     if args.compile:
@@ -537,7 +550,8 @@ def run(args, typed):
           f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} "
           f"steps, {args.grid} grid | guidance {guidance:g} | seed {args.seed}")
     if enough and whole:
-        print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is")
+        print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is -> "
+              f"python train_eval.py{same_data(args, '--out')}" + f" --ipc {ipc}" * (ipc < record["ipc"]))
         return
 
     def save(record):
@@ -562,7 +576,8 @@ def run(args, typed):
     if rank() == 0:
         contact_sheet(store.images(shown), columns, out / "distilled.png")
     print(f"saved {store.path} and {out / 'distilled.png'} -> "
-          f"python train_eval.py{same_data(args, '--out')}")
+          f"python train_eval.py{same_data(args, '--out')}"
+          + (f" --recipe {header['recipe']}" if header["recipe"] != own_recipe(args.data) else ""))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -279,17 +280,17 @@ def in_parts(function, images, recipe):
         return torch.cat([function(normalise(part, recipe)) for part in parts])
 
 
-def accuracy(judge, images, labels, recipe):
-    """Percent of the images (N, C, H, W) uint8 that the judge names right."""
-    judge.eval()
-    return 100 * int((in_parts(judge, images, recipe).argmax(1) == labels).sum()) / len(labels)
+def accuracy(predict, images, labels, recipe):
+    """Percent of the images (N, C, H, W) uint8 named right. predict: normalised (B, C, S, S) -> (B, K)."""
+    return 100 * int((in_parts(predict, images, recipe).argmax(1) == labels).sum()) / len(labels)
 
 
 def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
     """A fresh recipe.net trained on `train`, tested on `test` (ImageSets on one device).
 
     Returns (judge, accuracies): percent on `test`, at `looks` epochs evenly spread (default: the protocol's);
-    the last is the last epoch's. The same seed gives the same weights, batches and augmentations.
+    the last is the last epoch's. The same seed gives the same weights, batches and augmentations. Raises
+    UserError where the loss is not finite.
     """
     device, protocol = train.images.device, PROTOCOLS[recipe.protocol]
     g = torch.Generator(device).manual_seed(seed)
@@ -299,8 +300,12 @@ def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
     # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB.
     images, held = at_size(train.images, recipe.judge_size), at_size(test.images, recipe.judge_size)
     looks = looks or protocol.looks
-    looks = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
+    tested = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
     optimizer, accuracies = None, []
+
+    def predict(x):                                             # not around the augmentation: its coordinates
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):     # would become bfloat16
+            return judge(x).float()
     for epoch in tqdm(range(epochs), disable=None, leave=False):
         rate = protocol.rate(epoch, epochs)
         if optimizer is None or protocol.fresh and rate != optimizer.param_groups[0]["lr"]:
@@ -309,14 +314,16 @@ def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
         judge.train()
         order = torch.randperm(len(images), generator=g, device=device)
         for index in order.split(protocol.batch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = protocol.loss(judge, images[index], train.labels[index], recipe, g)
+            loss = protocol.loss(predict, images[index], train.labels[index], recipe, g)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        if epoch in looks:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                accuracies.append(accuracy(judge, held, test.labels, recipe))
+        if epoch in tested:
+            if not loss.isfinite():
+                raise UserError(f"the judge's loss is not finite in epoch {epoch + 1}: another --net, or "
+                                "--no-bf16, may help")
+            judge.eval()
+            accuracies.append(accuracy(predict, held, test.labels, recipe))
     return judge, accuracies
 
 
@@ -342,7 +349,11 @@ def by_class(choose):
         for c in range(len(train.classes)):
             mine = members(train, c, ipc)                                   # (n,)
             index.append(mine[choose(features[mine], ipc, g).to(mine.device)])
-        return train.pick(torch.cat(index)).read(skip_broken)
+        chosen = train.pick(torch.cat(index)).read(skip_broken)
+        if len(chosen.labels) == ipc * len(train.classes):
+            return chosen
+        whole = train.read(skip_broken)                         # one that was chosen is broken: choose anew
+        return select(whole, ipc, whole.labels, g)
     return select
 
 
@@ -412,6 +423,8 @@ def training_set(source, data, ipc, features, g, skip_broken=False):
             found = read_distilled(name, data, skip_broken)
             parts.append(found if ipc is None else first_of_each(found, ipc, name))
     parts = [part.to(data.test.images.device) for part in parts]
+    if len(parts) == 1:
+        return parts[0]
     return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
                     data.train.classes)
 
@@ -428,22 +441,26 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
     data: Data; test, an ImageSet, is on the device, and train there too where it is one.
-    features: what judge_features(data, ...) returns, so that several rows share its judge.
+    features: what judge_features(data, ...) returns, so that several rows share its judge. Run number r takes
+    the seed 1000 seed + r.
     """
     began, recipe, last, best = time.monotonic(), data.recipe, [], []
     features = features or judge_features(data, seed, bf16, skip_broken)
-    redrawn = any(part in SELECTORS for part in source.split("+"))
+    redrawn = any(part in ("random", "kmeans") for part in source.split("+"))
     for run in range(runs):
         if run == 0 or redrawn:                                 # a folder is read once, random draws anew
-            g = torch.Generator().manual_seed(seed + run)
+            g = torch.Generator().manual_seed(1000 * seed + 500 + run)      # not the judge's stream
             train = training_set(source, data, ipc, features, g, skip_broken)
         count = epochs or count_epochs(recipe, len(train.labels), len(train.classes))
-        _, curve = train_judge(train, data.test, recipe, count, seed + run, bf16=bf16)
+        _, curve = train_judge(train, data.test, recipe, count, 1000 * seed + run, bf16=bf16)
         last.append(round(curve[-1], 4))
         best.append(round(max(curve), 4))
-    return {"data": data.name, "train": source, "ipc": len(train.labels) // len(train.classes),
-            "images": len(train.labels), "protocol": recipe.protocol, "judge": convnet.title(recipe.net),
-            "size": recipe.judge_size, "epochs": count, "runs": runs,
+        if not sys.stderr.isatty():
+            print(f"{source} | judge {run + 1} of {runs} | {last[-1]:.2f} %", file=sys.stderr, flush=True)
+    return {"data": data.name, "cut": data.cut, "train": source,
+            "ipc": len(train.labels) // len(train.classes), "images": len(train.labels),
+            "protocol": recipe.protocol, "judge": convnet.title(recipe.net), "size": recipe.judge_size,
+            "epochs": count, "runs": runs,
             "accuracy": last, "mean": round(statistics.mean(last), 4),
             "std": round(statistics.stdev(last), 4) if runs > 1 else None,
             "best": round(statistics.mean(best), 4), "seconds": round(time.monotonic() - began, 1),
@@ -494,7 +511,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int,
                         help="of each row's judges (default: by the recipe and the set's size)")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with one_sentence(parser, again="its rows are in results.jsonl: name the others"):
         run(args, command(__file__, argv))
 
 
@@ -514,6 +531,9 @@ def plan_rows(args, data, home):
         for k, part in enumerate(parts):
             if part not in SELECTORS and part != "full":
                 parts[k] = part = os.path.relpath(made if part == "distilled" else part)
+                if not os.path.exists(part):
+                    raise UserError(f"there is no {part}: a SOURCE is a folder, an .npz, distilled, full or "
+                                    f"one of {', '.join(SELECTORS)}")
                 found = read_distilled(part, data, args.skip_broken)
                 held = int(found.labels.bincount().min())
                 ipc = ipc or held
@@ -541,6 +561,9 @@ def run(args, typed):
     data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
     given = {"protocol": args.protocol, "net": args.net, "judge_size": args.size}
     recipe = replace(data.recipe, **{name: value for name, value in given.items() if value})
+    if recipe.protocol == "gu" and len(data.train.classes) > 100:
+        raise UserError("the protocol gu is for up to 100 classes: ImageNet-1K was judged by another (RDED), "
+                        "which is not here")
     convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(data.train.classes))  # or refuses now
     train, test = data.train, data.test
     if isinstance(train, ImageFiles):                           # pictures are read at the judge's size

@@ -16,6 +16,7 @@ Sources: Rombach et al. 2022 (latent diffusion); weights stabilityai/sd-vae-ft-e
 335 MB each, fetched once).
 """
 import argparse
+import hashlib
 import json
 import pathlib
 import time
@@ -313,15 +314,17 @@ class Latents(NamedTuple):
 def prepared(data, source, device, skip_broken=False, overwrite=False):
     """What the diffusion model trains on, on the device: data.train itself, or its Latents.
 
-    Latents are kept in out/NAME/latents-256 (or another number of pixels), a file for each class, and encoded
-    again when its pictures changed (names, sizes, times). A complete cache needs no published autoencoder.
+    Latents are kept in out/NAME/latents-256-(a hash of where the pictures are), a file for each class, and
+    encoded again when its pictures changed (names, sizes, times). A complete cache needs no published
+    autoencoder.
     Raises UserError where it was made by another one than `source` and is not to be overwritten, or where
     pictures cannot be read.
     """
     train = data.train
     if not data.recipe.latents:
         return train.to(device)
-    cache = pathlib.Path("out", data.name, f"latents-{train.size}")
+    place = str(train.files[0].parent.parent.resolve()).encode()
+    cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(place).hexdigest()[:8]}")
     present = train.labels.unique().tolist()
     files = {c: cache / f"{train.classes[c]}.safetensors" for c in present}
     parts = {c: train.pick(train.labels == c) for c in present}

@@ -53,8 +53,10 @@ def test_pictures_to_judged_set(imagenet, capsys):
     assert header["cut"].startswith("ImageNet's own split") and header["latents"]
     assert header["config"]["learned_variance"] and header["config"]["difffit"]
     assert pathlib.Path("out/imagewoof/minimax.safetensors").stat().st_size < 4e6  # what was tuned, alone
+    assert "python sample.py --sampler ddpm --grid uniform --steps 50 --cfg-channels 3" in said
     sample.main(["--data", "imagewoof", "--steps", "2", "--sampler", "ddpm", "--grid", "uniform", "--ipc",
                  "1", "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
+    assert "-> python train_eval.py --data imagewoof --root DIR\n" in capsys.readouterr().out
     record = json.loads(pathlib.Path("out/imagewoof/distilled.json").read_text())
     assert record["classes"] == SUBSETS["imagewoof"] and record["settings"]["guidance"] == 4
     drawn = data.read_set("out/imagewoof/distilled", classes=SUBSETS["imagewoof"])

@@ -36,7 +36,7 @@ def both(imagenet_files, tmp_path_factory):
                               cwd=home, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         (home / f"{out}.txt").write_text(done.stdout)
-        (home / "out/imagewoof/latents-64").rename(home / out / "latents")
+        next((home / "out/imagewoof").glob("latents-64-*")).rename(home / out / "latents")
     return home
 
 

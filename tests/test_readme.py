@@ -51,7 +51,7 @@ class Parsed(Exception):
     pass
 
 
-def stop(parser):
+def stop(parser, **_):
     raise Parsed
 
 

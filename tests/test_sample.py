@@ -260,6 +260,32 @@ def test_a_budget_keeps_complete_rounds_only(tuned, capsys, sentence):
     assert "Raise --seconds" in sentence(sample.main, "--seconds", "1e-9", "--batch", 3, "--out", "short")
 
 
+def test_the_first_block_warms_up_and_is_forgotten(monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr(sample.time, "monotonic", lambda: clock[0])
+
+    def draw(items):
+        clock[0] += 3.0 if clock[0] == 0 else 0.1                  # compiling, say
+        return torch.zeros(len(items), 1, 2, 2, dtype=torch.uint8)
+    record = {"classes": ["a", "b"], "seconds": 0.0}
+    store = sample.PngFolder(tmp_path, record["classes"])
+    kept = sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)
+    assert len(kept) == 2 * 35                                     # 3 s, then 34 more of 0.1 s
+    record["seconds"] = 7.0
+    with pytest.raises(UserError, match="7.0 seconds are spent already, more than the budget of 6.5"):
+        sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)
+
+
+def test_out_is_looked_into_first(tuned, capsys):
+    minimax.main(["--steps", "2", "--out", "out/a b"])
+    assert "--checkpoint 'out/a b/minimax.safetensors'" in capsys.readouterr().out
+    sample.main(["--ipc", "1", "--steps", "1", "--out", "out/a b"])
+    assert capsys.readouterr().out.startswith("out/a b/minimax.safetensors")
+    sample.main(["--ipc", "2", "--steps", "1", "--out", "out/other"])
+    sample.main(["--ipc", "1", "--steps", "1", "--out", "out/other"])
+    assert capsys.readouterr().out.strip().endswith("train_eval.py --out out/other --ipc 1")
+
+
 def test_an_npz_holds_the_same_images(tuned):
     sample.main(["--ipc", "3", "--batch", "8"])
     sample.main(["--ipc", "3", "--batch", "8", "--npz", "--out", "npz"])
@@ -291,7 +317,7 @@ def test_two_kinds_of_checkpoint_in_one_folder_are_not_guessed_between(tuned, se
 def test_phases_of_other_settings_are_not_mixed(sentence):
     minimax.main(["--classes", "0-4"])
     minimax.main(["--classes", "5-9", "--lambda-r", "1"])
-    assert "lambda_r 1.0 there, 0.002 here" in sentence(sample.main)
+    assert "another lambda_r (1.0)" in sentence(sample.main)
     assert "is no range A-B" in sentence(minimax.main, "--classes", "5-10")
     assert "choose one" in sentence(minimax.main, "--classes", "5-9", "--phases", 2)
 
