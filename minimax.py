@@ -9,10 +9,10 @@
     torchrun --nproc-per-node=4 minimax.py ...                      # the batch divided over four GPUs
 
 z_hat is the one-step guess at the clean image. The min picks the least similar (guess, real image) pair of a
-class, the max the most similar (guess, earlier guess) pair, over the class's whole batch as in the authors'
-code: one pair per class and step feels each term. Makes the base model, or fetches it, first when there is
-none. Writes out/digits/minimax.safetensors: only what was tuned, to be laid over its base; with --phases one
-such file for each group of classes, minimax-0-19.safetensors and so on.
+class, the max the most similar (guess, earlier guess) pair, over all of the class in the batch as in the
+authors' code: one pair per class and step feels each term. Makes the base model, or fetches it, first when
+there is none. Writes out/digits/minimax.safetensors: only what was tuned, to be laid over its base; with
+--phases one such file for each group of classes, minimax-0-19.safetensors and so on.
 """
 import os
 import pathlib

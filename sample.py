@@ -9,9 +9,9 @@
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Writes
 out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. An image
-depends on (checkpoint, sampler, steps, grid, eta, guidance, seed, class, index) alone, to one grey level; on
-the same device and with the same --batch to the byte, so that a stopped run goes on to the same files.
---ipc 5 is the first half of --ipc 10.
+depends on (checkpoint, autoencoder, sampler, steps, grid, eta, guidance, seed, class, index) alone, in
+float32 to one grey level; on the same device and with the same --batch to the byte, so that a stopped run
+goes on to the same files. --ipc 5 is the first half of --ipc 10.
 Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Ho & Salimans 2022 (guidance).
 """
 import hashlib

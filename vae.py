@@ -8,10 +8,10 @@
 
 A diffusion model of 256-pixel pictures draws 4,096 numbers instead of 196,608. The factor 0.18215 brings them
 to about unit variance, which the noise schedule takes for granted. Two sets of weights are published, "ema"
-and "mse": one encoder and two decoders, of which mse draws the smoother pictures. Gu et al. 2024 encode with
-ema and decode with mse.
+and "mse", one encoder with two decoders; Gu et al. 2024 encode with ema and decode with mse.
 
-Writes out/vae.png (picture and reconstruction side by side), and with random weights nothing.
+Writes out/vae.png (picture and reconstruction side by side), and with random weights nothing; for training
+(section 3) a cache of latents beside the data set's results.
 Sources: Rombach et al. 2022 (latent diffusion); weights stabilityai/sd-vae-ft-ema and -mse (MIT licence,
 335 MB each, fetched once).
 """
@@ -330,7 +330,8 @@ def prepared(data, source, device, skip_broken=False, overwrite=False):
     parts = {c: train.pick(train.labels == c) for c in present}
     wanted = {c: {"pictures": data_print(parts[c], times=True), "pixels": parts[c].size} for c in present}
     found = {c: cache_header(files[c]) for c in present}
-    kept = [c for c in present if {key: found[c].get(key) for key in wanted[c]} == wanted[c]]
+    kept = [c for c in present if {key: found[c].get(key) for key in wanted[c]} == wanted[c]
+            and (skip_broken or not found[c]["skipped"])]
     barrier()                                                   # all have looked before anyone writes
     same = source in PUBLISHED and all(found[c]["source"] == source_name(source) for c in kept)
     if len(kept) < len(present) or not same:
@@ -349,7 +350,8 @@ def prepared(data, source, device, skip_broken=False, overwrite=False):
               unit="picture") as bar:
         for c in mine:
             moments = encode_twice(autoencoder, parts[c].read(skip_broken).images, bar)
-            header = {**wanted[c], "source": source_name(source), "encoder": made_by}
+            header = {**wanted[c], "source": source_name(source), "encoder": made_by,
+                      "skipped": len(parts[c].files) - len(moments)}
             packed = safetensors.torch.save({"moments": moments}, {"nanodd": json.dumps(header)})
             with replacing(files[c]) as temporary:
                 temporary.write_bytes(packed)

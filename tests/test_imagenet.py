@@ -214,6 +214,7 @@ def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
     minimax.main([*map(str, words), "--skip-broken"])
     assert f"left out: cannot read the image {imagenet.root}/train/{wnid}/{wnid}_3.JPEG" in \
         capsys.readouterr().err
+    assert "1 of 3 images" in sentence(minimax.main, *words, "--out", "out/again")   # not silently, later on
     (imagenet.root / "train" / wnid).rename(imagenet.root / "elsewhere")
     said = sentence(minimax.main, *words)
     assert wnid in said and "1 of the 10 classes" in said
