@@ -1,6 +1,6 @@
 """Trains a judge on a small training set, tests it on the real images: what a distilled set is worth.
 
-    python train_eval.py                            # four rows of judges: under 5 minutes on two CPU cores
+    python train_eval.py                            # four rows of judges: under 4 minutes on two CPU cores
     python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
     python train_eval.py --data imagewoof --root DIR --net resnet18     # Gu et al.'s protocol and judges
 
