@@ -269,8 +269,8 @@ def test_the_first_block_warms_up_and_is_forgotten(monkeypatch, tmp_path):
         return torch.zeros(len(items), 1, 2, 2, dtype=torch.uint8)
     record = {"classes": ["a", "b"], "seconds": 0.0}
     store = sample.PngFolder(tmp_path, record["classes"])
-    kept = sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)
-    assert len(kept) == 2 * 35                                     # 3 s, then 34 more of 0.1 s
+    kept = sample.distil(draw, store, record, math.inf, 6.55, 2, lambda record: None)
+    assert len(kept) == 2 * 36                                     # 3 s, then 35 rounds of 0.1 s
     record["seconds"] = 7.0
     with pytest.raises(UserError, match="7.0 seconds are spent already, more than the budget of 6.5"):
         sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)
