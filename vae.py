@@ -3,7 +3,7 @@
     z     = 0.18215 (mean(x) + exp(logvar(x) / 2) eps)        encode: (3, 256, 256) -> (4, 32, 32)
     x_hat = decoder(z / 0.18215)                              decode; neither half is ever trained here
 
-    python vae.py                        # random weights: count, shapes and times; 9 s on two CPU cores
+    python vae.py                        # random weights: count, shapes and times; 10 s on two CPU cores
     python vae.py PICTURE --vae ema      # there and back: PSNR in dB, and out/vae.png; not measured
 
 A diffusion model of 256-pixel pictures draws 4,096 numbers instead of 196,608. The factor 0.18215 brings them
