@@ -18,6 +18,7 @@ import datetime
 import errno
 import hashlib
 import http.client
+import json
 import os
 import pathlib
 import re
@@ -32,6 +33,8 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -200,15 +203,6 @@ class ImageFiles(NamedTuple):
         if not images:
             raise UserError(f"none of the images beside {self.files[0]} can be read")
         return ImageSet(torch.stack(images), self.labels[whole], self.classes)
-
-
-def fingerprint(tensors):
-    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def data_print(train, times=False):
@@ -669,7 +663,70 @@ def fetch(url, name, flag):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 6. The command line that all stages share
+# 6. Files of tensors: safetensors, with a JSON header of ours
+
+
+def fingerprint(tensors):
+    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_tensors(path, tensors, header):
+    """Writes {name: contiguous tensor on the CPU} and a JSON header to `path`, whole or not at all.
+
+    Raises UserError where it cannot be written.
+    """
+    with replacing(path) as temporary:
+        try:                                                    # from the tensors to the disk, without a copy
+            safetensors.torch.save_file(tensors, temporary, metadata={"nanodd": json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def read_header(path):
+    """The JSON header of a file of ours. Raises UserError where it is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["nanodd"])
+    except (safetensors.SafetensorError, TypeError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint of nanoDD ({error})") from error
+
+
+def load_tensors(path):
+    """The {name: tensor} of a .safetensors file, on the CPU. Raises UserError where it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no .safetensors file ({error}); one that was fetched is "
+                        "fetched again once it is deleted") from error
+
+
+def take_weights(module, tensors, path, kind):
+    """Makes {name: tensor}, of the file `path`, the weights of a module that was built on the meta device.
+
+    kind: what to call the module. Raises UserError, naming the file and the first tensor that is missing,
+    unexpected or of another shape.
+    """
+    wanted = module.state_dict()
+    for name in (*wanted, *tensors):
+        if name not in tensors:
+            wrong = "is missing"
+        elif name not in wanted:
+            wrong = "is unexpected"
+        elif tensors[name].shape != wanted[name].shape:
+            wrong = f"has shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        else:
+            continue
+        raise UserError(f"{path} does not fit the {kind}: {name} {wrong}")
+    module.load_state_dict(tensors, assign=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 7. The command line that all stages share
 
 
 FLAGS = {

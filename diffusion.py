@@ -22,8 +22,6 @@ import shlex
 import time
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (RECIPES, UserError, add_flags, barrier, check_settings, command, data_print, device_named,
-                  fetch, fingerprint, gains_from_bf16, imagenet_classes, load, many_processes, new_parser,
-                  one_sentence, rank, replacing, same_data, world)
+                  fetch, fingerprint, gains_from_bf16, imagenet_classes, load, load_tensors, many_processes,
+                  new_parser, one_sentence, rank, read_header, replacing, same_data, save_tensors,
+                  take_weights, world)
 from vae import prepared, source_name
 
 # ----------------------------------------------------------------------------------------------------
@@ -353,29 +352,7 @@ def save_state(path, state):
 def save_checkpoint(path, tensors, header):
     """Writes {name: tensor} and a JSON header (its fingerprint added) to `path`, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {**header, "fingerprint": fingerprint(tensors)}
-    with replacing(path) as temporary:
-        try:                                                    # from the tensors to the disk, without a copy
-            safetensors.torch.save_file(tensors, temporary, metadata={"nanodd": json.dumps(header)})
-        except safetensors.SafetensorError as error:
-            raise UserError(f"cannot write {path}: {error}") from error
-
-
-def read_header(path):
-    """The JSON header of a checkpoint. Raises UserError where it is none of ours."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["nanodd"])
-    except (safetensors.SafetensorError, TypeError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint of nanoDD ({error})") from error
-
-
-def load_tensors(path):
-    """The {name: tensor} of a checkpoint, on the CPU. Raises UserError where the file is damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error})") from error
+    save_tensors(path, tensors, {**header, "fingerprint": fingerprint(tensors)})
 
 
 def load_model(path, device="cpu"):
@@ -411,13 +388,7 @@ def rebuild(config, tensors, path):
     wanted = model.state_dict()
     gammas = {name: torch.ones(wanted[name].shape) for name in wanted
               if "gamma" in name and name not in tensors}
-    tensors = {**gammas, **tensors}
-    wrong = [name for name in {**wanted, **tensors} if name not in wanted or name not in tensors
-             or tensors[name].shape != wanted[name].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit this network: {wrong[0]} is missing, unexpected "
-                        "or of another shape")
-    model.load_state_dict(tensors, assign=True)
+    take_weights(model, {**gammas, **tensors}, path, "network")
     return model
 
 
@@ -514,6 +485,7 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32))
 
 
+@functools.lru_cache(maxsize=1)
 def batch_index(n, batch, step, seed):
     """Which images step number `step` sees: (batch,) of 0..n-1, each image once an epoch."""
     first = step * batch
@@ -564,6 +536,13 @@ class Plan(NamedTuple):
         return self.lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * rest))
 
 
+def share_of(batch):
+    """How many images of a batch are this process's. Raises UserError where it does not divide."""
+    if batch % world():
+        raise UserError(f"a batch of {batch} does not divide over {world()} processes: take a multiple")
+    return batch // world()
+
+
 class Trainer:
     """The weights that require a gradient, their average, the optimizer: all that a training step changes.
 
@@ -574,9 +553,7 @@ class Trainer:
     """
 
     def __init__(self, model, train, rows, plan, extra=None):
-        if plan.batch % world():
-            raise UserError(f"a batch of {plan.batch} does not divide over {world()} processes: take a "
-                            "multiple")
+        self.share = share_of(plan.batch)
         self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
         self.schedule, self.labels = Schedule(train.labels.device), train.labels.cpu()
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -596,9 +573,9 @@ class Trainer:
 
     def step(self, step):
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
-        plan, share = self.plan, self.plan.batch // world()
+        plan = self.plan
         drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
-        x0, y, t, eps = (part[rank() * share:][:share] for part in drawn)
+        x0, y, t, eps = (part[rank() * self.share:][:self.share] for part in drawn)
         denoised = denoising_loss(self.predict, self.schedule, x0, y, t, eps)
         total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
         if self.extra is not None:

@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (UserError, add_flags, command, data_print, device_named, imagenet_classes, load,
-                  many_processes, new_parser, one_sentence, rank, same_data, world)
+                  load_tensors, many_processes, new_parser, one_sentence, rank, read_header, same_data, world)
 from diffusion import (Plan, Trainer, chosen_bf16, difffit_parameters, finished, fit, import_weights,
-                       load_tensors, new_header, published_base, read_header, rebuild, rows_of, train_base)
+                       new_header, published_base, rebuild, rows_of, share_of, train_base)
 from memory import Memory, policies
 from vae import prepared, source_name
 
@@ -166,8 +166,7 @@ def checked(args, recipe):
     for flag, number in (("--steps", args.steps), ("--slots", args.slots), ("--batch", batch)):
         if number is not None and number < 1:
             raise UserError(f"{flag} must be at least 1, not {number}")
-    if batch % world():
-        raise UserError(f"--batch {batch} does not divide over {world()} processes: take a multiple")
+    share_of(batch)                                             # or refuses, before anything takes time
     if not (0 <= lambda_r < float("inf") and 0 <= lambda_d < float("inf")):
         raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
                         f"and are {lambda_r} and {lambda_d}")

@@ -29,10 +29,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import (UserError, add_flags, barrier, check_settings, class_list, command, data_name, device_named,
-                  many_processes, new_parser, one_sentence, open_image, own_recipe, rank, replacing,
-                  same_data, to_uint8, world, write_png)
-from diffusion import (Schedule, chosen_bf16, learned_log_variance, load_model, load_tensors, posterior,
-                       read_header, rows_of)
+                  load_tensors, many_processes, new_parser, one_sentence, open_image, own_recipe, rank,
+                  read_header, replacing, same_data, to_uint8, world, write_png)
+from diffusion import Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of
 from vae import decoder_of
 
 # ----------------------------------------------------------------------------------------------------

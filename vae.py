@@ -17,14 +17,11 @@ Sources: Rombach et al. 2022 (latent diffusion); weights stabilityai/sd-vae-ft-e
 """
 import argparse
 import hashlib
-import json
 import pathlib
 import time
 from itertools import pairwise
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -32,7 +29,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (UserError, add_flags, barrier, data_print, device_named, fetch, fingerprint, load,
-                  new_parser, one_sentence, open_image, rank, replacing, to_float, to_uint8, world, write_png)
+                  load_tensors, new_parser, one_sentence, open_image, rank, read_header, save_tensors,
+                  take_weights, to_float, to_uint8, world, write_png)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The network
@@ -255,26 +253,10 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
         path = pathlib.Path(source)
         if not path.is_file():
             raise UserError(f"there is no file {path}; --vae takes ema, mse or a .safetensors file")
-    try:
-        tensors = renamed(safetensors.torch.load_file(path))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no .safetensors file ({error}); one that was fetched is "
-                        "fetched again once it is deleted") from error
+    tensors = {name: tensor.to(device, dtype) for name, tensor in renamed(load_tensors(path)).items()}
     with torch.device("meta"):                                  # shapes only: the numbers come from the file
         autoencoder = Autoencoder()
-    wanted = autoencoder.state_dict()
-    for name in (*wanted, *tensors):
-        if name not in tensors:
-            wrong = "is missing"
-        elif name not in wanted:
-            wrong = "is unexpected"
-        elif tensors[name].shape != wanted[name].shape:
-            wrong = f"has shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
-        else:
-            continue
-        raise UserError(f"{path} does not fit the autoencoder: {name} {wrong}")
-    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    autoencoder.load_state_dict(tensors, assign=True)
+    take_weights(autoencoder, tensors, path, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -352,11 +334,9 @@ def prepared(data, source, device, skip_broken=False, overwrite=False):
             moments = encode_twice(autoencoder, parts[c].read(skip_broken).images, bar)
             header = {**wanted[c], "source": source_name(source), "encoder": made_by,
                       "skipped": len(parts[c].files) - len(moments)}
-            packed = safetensors.torch.save({"moments": moments}, {"nanodd": json.dumps(header)})
-            with replacing(files[c]) as temporary:
-                temporary.write_bytes(packed)
+            save_tensors(files[c], {"moments": moments}, header)
     barrier()
-    moments = [safetensors.torch.load_file(files[c])["moments"].to(device) for c in present]
+    moments = [load_tensors(files[c])["moments"].to(device) for c in present]
     labels = torch.tensor(present).repeat_interleave(torch.tensor([len(part) for part in moments]))
     return Latents(torch.cat(moments), labels.to(device), train.classes)
 
@@ -369,9 +349,8 @@ def source_name(source):
 def cache_header(path):
     """What a file of the latent cache says of itself; {} where there is none, or a damaged one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["nanodd"])
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return read_header(path)
+    except UserError:
         return {}
 
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 import minimax
 import sample
-from data import UserError, device_named, load, new_parser, one_sentence, replacing
-from train_eval import evaluate, gains_from_bf16
+from data import UserError, device_named, gains_from_bf16, load, new_parser, one_sentence, replacing
+from train_eval import evaluate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

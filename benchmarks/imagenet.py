@@ -1,6 +1,6 @@
 """How fast the ImageNet-sized parts are, from random weights of the published shapes, pictures of 256 pixels.
 
-    python benchmarks/imagenet.py                          # DiT-S/2 on two CPU cores: 4 minutes
+    python benchmarks/imagenet.py                          # DiT-S/2 on two CPU cores: 3 minutes
     python benchmarks/imagenet.py --network XL --batch 100 --compile      # DiT-XL/2 on a GPU
 
 Prints the matrix product; sampling with guidance at 10 and 50 steps, decoding included; a fine-tuning step
