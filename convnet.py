@@ -16,6 +16,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, stack_module_state
 
 from data import UserError, new_parser, one_sentence
 
@@ -178,6 +179,26 @@ def judge(net, size, channels, classes):
 def title(net):
     """What tables call it."""
     return JUDGES[net][0] if net in JUDGES else net
+
+
+def as_one(judges):
+    """n judges of one kind as one network: (its weights, a function of n batches (B, C, S, S) -> (n, B, K)).
+
+    Judge k sees batch k. Of several judges the weights are stacked, (n, ...), and what each judge holds is
+    from then on a view of them: who trains the stack trains the judges. Each layer is then one call for all
+    (a convolution has n groups), which costs a GPU that waits for its calls little more than one judge's.
+    Networks with buffers, such as batch norm's, cannot be stacked; those of JUDGES have none.
+    """
+    if len(judges) == 1:
+        return list(judges[0].parameters()), lambda batches: judges[0](batches[0]).unsqueeze(0)
+    weights, _ = stack_module_state(judges)                                 # {name: (n, ...)}
+    for k, judge in enumerate(judges):
+        for name, own in judge.named_parameters():
+            own.data = weights[name].data[k]
+
+    def one(weights, x):                                                    # (B, C, S, S) -> (B, K)
+        return functional_call(judges[0], weights, (x,))
+    return list(weights.values()), lambda batches: torch.vmap(one)(weights, torch.stack(batches))
 
 
 # ----------------------------------------------------------------------------------------------------

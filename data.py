@@ -9,9 +9,12 @@ and never a shift of labels.
 
     python data.py                       # 1,257 real handwritten digits to train on, 540 to test: 3 s
     python data.py --data my/pictures    # any folder of class folders: what would be read, and how
+    python data.py --data cifar100       # fetched once, or read from --root DIR; cifar10 too
+    python data.py --data tiny-imagenet --root DIR              # the unpacked archive
     python data.py --data imagewoof --root /data/imagenet       # which images this cut has
 
-Writes nothing. For each data set, its recipe (section 3) says everything that the other files derive from it.
+Writes nothing but what it fetches. For each data set, its recipe (section 3) says everything that the other
+files derive from it.
 """
 import argparse
 import datetime
@@ -40,6 +43,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -322,12 +326,17 @@ def read_npz(path, size, channels):
         raise UserError(f"{path}: labels must lie in 0..{len(classes) - 1}")
     if images.shape[1] not in (1, 3):
         raise UserError(f"{path}: images must have 1 or 3 channels, not {images.shape[1]}")
+    return ImageSet(fit(images, size, channels), labels, classes)
+
+
+def fit(images, size, channels):
+    """uint8 (N, 1 or 3, H, W) -> (N, channels, size, size), centre-cropped; size None: as large as it is."""
     if images.shape[1] > channels:
         images = TF.rgb_to_grayscale(images)
     images = images.expand(-1, channels, -1, -1)
     if size and tuple(images.shape[2:]) != (size, size):
         images = TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
-    return ImageSet(images, labels, classes)
+    return images
 
 
 def write_png(path, image):
@@ -367,12 +376,12 @@ class Recipe:
     flip: bool                 # mirror training images: right for photographs, wrong for digits
     net: str                   # the judge (convnet.py)
     judge_size: int            # what the judge enlarges (or shrinks) images to
-    protocol: str              # how the judge is trained (train_eval.py, section 2): challenge or gu
-    augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"
+    protocol: str              # how the judge is trained (train_eval.py, section 2): challenge, short or gu
+    augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"; "": all
     mean: tuple                # the judge sees (pixel / 255 - mean) / std
     std: tuple
-    epochs: int                # of the judge, at most (challenge; gu has a table of its own)
-    views: int                 # images it sees in all, at most: large sets get fewer epochs
+    epochs: int                # of the judge, at most (short; challenge and gu have their own)
+    views: int                 # images it sees in all, at most (short): large sets get fewer epochs
 
     @property
     def pixels(self):
@@ -394,7 +403,7 @@ RECIPES = {
         network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
         tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
         tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=False,
-        net="convnet3", judge_size=16, protocol="challenge", augment="color_crop_cutout_scale_rotate",
+        net="convnet3", judge_size=16, protocol="short", augment="color_crop_cutout_scale_rotate",
         mean=(0.,), std=(.5,), epochs=200, views=40_000),
     # Anybody's pictures, small enough for a laptop.
     "folder": Recipe(
@@ -402,7 +411,7 @@ RECIPES = {
         network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
         tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
         tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=True,
-        net="convnet3", judge_size=32, protocol="challenge", augment="color_crop_cutout_flip_scale_rotate",
+        net="convnet3", judge_size=32, protocol="short", augment="color_crop_cutout_flip_scale_rotate",
         mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=40_000),
     # Gu et al. 2024: 256-pixel pictures from the published DiT-XL/2. Their average starts at the published
     # weights, and still holds 30 % of them after 12,000 steps.
@@ -415,6 +424,17 @@ RECIPES = {
         mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=4_000_000),
 }
 RECIPES["imagenet512"] = replace(RECIPES["imagenet"], name="imagenet512", size=64, weights="DiT-XL-2-512x512")
+# The challenge's two data sets at their own size, 256 tokens both. The judge's numbers are the challenge's;
+# all others were not tuned yet. CIFAR-10 was not part of it.
+RECIPES["cifar100"] = replace(
+    RECIPES["folder"], name="cifar100", network="S", patch=2, steps=100_000, batch=256, lr=2e-4, ema=.9999,
+    tune_steps=0, tune_epochs=8, tune_beta2=.999, tune_ema=.9999, guidance=1.5, protocol="challenge",
+    augment="", mean=(.5071, .4866, .4409), std=(.2673, .2564, .2762), epochs=200, views=1_000_000)
+RECIPES["cifar10"] = replace(
+    RECIPES["cifar100"], name="cifar10", mean=(.4914, .4822, .4465), std=(.2470, .2435, .2616))
+RECIPES["tiny-imagenet"] = replace(
+    RECIPES["cifar100"], name="tiny-imagenet", size=64, patch=4, judge_size=64, mean=(.485, .456, .406),
+    std=(.229, .224, .225))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -456,6 +476,11 @@ SUBSETS = {
     "imagenet100": IMAGENET100,
     "imagenet": None,                                           # all 1,000, sorted
 }
+CIFARS = {"cifar10": (CIFAR10, "CIFAR-10", 10), "cifar100": (CIFAR100, "CIFAR-100", 100)}
+# The names that --data knows, each with the recipe of its own. No folder of a user's may be called so.
+BUILT_IN = {"digits": "digits", **{name: name for name in CIFARS}, "tiny-imagenet": "tiny-imagenet",
+            **dict.fromkeys(SUBSETS, "imagenet")}
+ROOTED = ("tiny-imagenet", *SUBSETS)                            # never fetched: --root is needed
 
 
 def imagenet_classes():
@@ -471,8 +496,8 @@ def class_list(name):
 
 
 def data_name(data, root=None, validation=False):
-    """What out/NAME is called: digits, or the folder's own name. Raises UserError if there is none such."""
-    if data == "digits" or data in SUBSETS:
+    """What out/NAME is called: the built-in name, or the folder's own. Raises UserError if there is none."""
+    if data in BUILT_IN:
         if root and data == "digits":
             raise UserError("the digits come with scikit-learn: leave --root out")
         name = data
@@ -483,18 +508,20 @@ def data_name(data, root=None, validation=False):
     else:                                                       # DIR is short for --data folder --root DIR
         if not pathlib.Path(data).is_dir():
             raise UserError(f"--data {data} is neither a folder nor the name of a data set "
-                            f"(digits, {', '.join(SUBSETS)})")
+                            f"({', '.join(BUILT_IN)})")
         if root:
             raise UserError("--data DIR already says where the files are: leave --root out")
         name = pathlib.Path(data).resolve().name
-    if name != data and (name == "digits" or name in SUBSETS):
-        raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it")
+    if name != data and name in BUILT_IN:
+        meant = f", or say --data {name} --root {root or data} if it is that one" * (name != "digits")
+        raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it"
+                        + meant)
     return name + "-validation" if validation else name
 
 
 def own_recipe(data):
     """The name of the recipe that --data NAME or DIR has of its own."""
-    return "digits" if data == "digits" else "imagenet" if data in SUBSETS else "folder"
+    return BUILT_IN.get(data, "folder")
 
 
 def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
@@ -508,10 +535,14 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
     name = data_name(data, root, validation)
     recipe = RECIPES[recipe or own_recipe(data)]
     split_name = ""
+    if recipe.latents and data in ("digits", *CIFARS):
+        raise UserError(f"{data} is drawn as pixels: choose another --recipe")
     if data == "digits":
-        if recipe.latents:
-            raise UserError("digits are drawn as pixels: choose another --recipe")
         train, test = digits(recipe)
+    elif data in CIFARS:
+        train, test, split_name = cifar(data, root, recipe, skip_broken)
+    elif data == "tiny-imagenet":
+        train, test, split_name = tiny_imagenet(root, recipe)
     elif data in SUBSETS:
         train, test, split_name = imagenet(data, root, recipe)
     else:
@@ -566,15 +597,143 @@ def folder(root, recipe, skip_broken=False):
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if (root / "train").is_dir():
-        train = part(root / "train")
-        held = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-        if held is None:
-            raise UserError(f"{root}/train needs {root}/test or {root}/val beside it")
-        test = part(held)
+        held = held_folder(root)
+        train, test = part(root / "train"), part(held)
         check_classes(test.classes, train.classes, held)
         return train, test
     print(f"{root} has no train/ and test/: a fixed fifth of it is held back to test on")
     return split(part(root), .2)
+
+
+def held_folder(root, names=("test", "val")):
+    """ROOT/test or ROOT/val, whichever of the names comes first. Raises UserError where neither is there."""
+    held = next((root / name for name in names if (root / name).is_dir()), None)
+    if held is None:
+        raise UserError(f"{root}/train needs {root}/{names[0]} or {root}/{names[1]} beside it")
+    return held
+
+
+def list_split(root, held, size, channels, title, count):
+    """ROOT/train and the folder `held`, both of class folders: two ImageFiles.
+
+    Raises UserError where they do not have the `count` classes of the data set called `title`: the names
+    betray a wrong --root before a million pictures of another data set are read.
+    """
+    train, test = (list_folder(path, size, channels) for path in (root / "train", held))
+    if len(train.classes) != count:
+        raise UserError(f"{root}/train has {len(train.classes)} class folders, but {title} {count} classes")
+    check_classes(test.classes, train.classes, held)
+    return train, test
+
+
+def cifar(name, root, recipe, skip_broken=False):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009): 50,000 pictures of 32x32 to train on, 10,000 to test.
+
+    From the class folders in ROOT/train and ROOT/test (or ROOT/val), or else from the authors' archive.
+    (train, test, which split in words): two ImageSets, brought to the recipe's size and channels. Both ways
+    the classes stand in alphabetical order, and CIFAR-100's are the 100 fine ones.
+    """
+    source, title, count = CIFARS[name]
+    home = pathlib.Path(root or pathlib.Path(torch.hub.get_dir(), "datasets"))
+    if (home / "train").is_dir():
+        files = list_split(home, held_folder(home), None, 3, title, count)
+        train, test = (part.read(skip_broken) for part in files)
+        for listed, part in zip(files, (train, test), strict=True):
+            if part.images.shape[2:] != (32, 32):               # enlarged ones are another data set
+                raise UserError(f"{listed.files[0]} and those beside it are not 32x32, as {title} is")
+    else:
+        train, test = cifar_archive(source, home)
+    train, test = (part._replace(images=fit(part.images, recipe.size, recipe.channels))
+                   for part in (train, test))
+    return train, test, f"{title}'s own split, "
+
+
+def cifar_archive(source, home):
+    """The archive of torchvision's class `source` unpacked in `home`, and fetched where it is not there.
+
+    Two ImageSets. torchvision compares the files' checksums, so that half a download is fetched again.
+    Raises UserError where it cannot be had, or where `home` holds class folders and so is no place for it.
+    """
+    here = home / source.base_folder
+    if not here.is_dir() and any(file.suffix.lower() in SUFFIXES for file in home.glob("*/*")):
+        raise UserError(f"{home} holds class folders, but they should lie in {home}/train and {home}/test")
+    if rank() == 0:
+        try:
+            source(home, train=False, download=True)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a checksum
+            raise UserError(f"{here} is missing or damaged, and {source.url} cannot be fetched ({error}): "
+                            "download and unpack it elsewhere, and point --root at the folder that holds "
+                            f"{source.base_folder}") from error
+    barrier()
+
+    def part(train):
+        found = source(home, train=train)
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()     # (N, 32, 32, 3) there
+        return ImageSet(images, torch.tensor(found.targets), list(found.classes))
+    return part(True), part(False)
+
+
+def tiny_imagenet(root, recipe):
+    """Tiny-ImageNet (Le & Yang 2015): 200 of ImageNet's classes at 64x64, 500 pictures each, and 50 to test.
+
+    From the archive, whose val/ is one heap with a list of labels, or from class folders in ROOT/train and
+    ROOT/val (or ROOT/test). The classes are the WordNet ids sorted, as every reader of folders has them;
+    wnids.txt has an order of its own, which must not matter.
+    (train, test, which split in words): ImageFiles.
+    """
+    if root is None:
+        raise UserError("--data tiny-imagenet needs --root DIR, a folder with the archive's train/ and val/ "
+                        "in it")
+    root = pathlib.Path(root)
+    heap, ids = root / "val" / "images", root / "wnids.txt"
+    wanted = "wnids.txt, train/ and val/ of the archive, or class folders in train/ and val/"
+    if not (root / "train").is_dir():
+        raise UserError(f"there is no Tiny-ImageNet at {root}: it should hold {wanted}, and {root}/train is "
+                        "missing")
+    if not any(heap.glob("*")):                                 # somebody sorted it into class folders
+        held = held_folder(root, ("val", "test"))               # the archive's test/ has no labels
+        parts = list_split(root, held, recipe.pixels, recipe.colours, "Tiny-ImageNet", 200)
+        return *parts, "Tiny-ImageNet's own split, "
+    if not ids.is_file():
+        raise UserError(f"{ids} is missing, and {root}/val has no class folders: {root} should hold {wanted}")
+    classes = sorted(ids.read_text().split())
+    check_folders(root / "train", classes, "Tiny-ImageNet")
+    train = list_folder(root / "train", recipe.pixels, recipe.colours, classes)
+    return train, annotated(heap, root / "val" / "val_annotations.txt", train), "Tiny-ImageNet's own split, "
+
+
+def annotated(heap, notes, train):
+    """The pictures in the folder `heap`, labelled by lines "file, wnid, box" of `notes`: ImageFiles.
+
+    train: ImageFiles, whose classes, size and channels are taken over. Raises UserError where files, lines
+    and classes do not fit together.
+    """
+    if not notes.is_file():
+        raise UserError(f"{notes} is missing: it says which class each picture of {heap} shows")
+    wnids = dict(re.findall(r"^(\S+)[ \t]+(\S+)", notes.read_text(), re.MULTILINE))
+    unknown = sorted(set(wnids.values()) - set(train.classes))
+    if unknown:
+        raise UserError(f"{notes} names {unknown[0]}, which is no class of wnids.txt ({len(unknown)} such "
+                        "names in all)")
+    files = sorted(file for file in heap.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+    bare = [file for file in files if file.name not in wnids]
+    if bare:
+        raise UserError(f"{bare[0]} has no line in {notes.name} ({len(bare)} of {len(files)} pictures have "
+                        "none)")
+    empty = sorted(set(train.classes) - {wnids[file.name] for file in files})
+    if empty:
+        raise UserError(f"{heap} has no picture of {empty[0]} ({len(empty)} of {len(train.classes)} classes "
+                        "have none)")
+    labels = torch.tensor([train.classes.index(wnids[file.name]) for file in files])
+    return train._replace(files=files, labels=labels)
+
+
+def check_folders(path, classes, name, hint=""):
+    """Refuses a folder in which class folders of the data set `name` are missing."""
+    missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
+    if missing:
+        raise UserError(f"{path}/{missing[0]} is missing, and {len(missing)} of the {len(classes)} "
+                        f"classes of {name} in all{hint}")
 
 
 def imagenet(name, root, recipe):
@@ -592,11 +751,8 @@ def imagenet(name, root, recipe):
         if not path.is_dir():
             raise UserError(f"there is no ImageNet at {root}: it should hold train/ and val/, and {path} is "
                             "missing")
-        missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
-        if missing:
-            sort = " (the validation images must be sorted into class folders)" if part == "val" else ""
-            raise UserError(f"{path}/{missing[0]} is missing, and {len(missing)} of the {len(classes)} "
-                            f"classes of {name} in all{sort}")
+        sort = " (the validation images must be sorted into class folders)" * (part == "val")
+        check_folders(path, classes, name, sort)
         parts.append(list_folder(path, recipe.pixels, recipe.colours, classes))
     train, test = parts
     resplit = any(re.match(r"n\d{8}_", file.name) for file in test.files)   # a name of the training split
@@ -731,8 +887,9 @@ def take_weights(module, tensors, path, kind):
 
 FLAGS = {
     "data": dict(default="digits", metavar="NAME|DIR",
-                 help=f"digits, {', '.join(SUBSETS)}, or a folder of class folders (default: %(default)s)"),
-    "root": dict(metavar="DIR", help="where the files are: of ImageNet, or with --data folder"),
+                 help=f"{', '.join(BUILT_IN)}, or a folder of class folders (default: %(default)s)"),
+    "root": dict(metavar="DIR", help="where the files are: of ImageNet, Tiny-ImageNet or CIFAR (which is "
+                                     "fetched without it), or with --data folder"),
     "recipe": dict(choices=sorted(RECIPES), help="borrow another data set's recipe"),
     "validation": dict(action="store_true",
                        help="put the test split away and test on a fifth of the training split: "
@@ -764,7 +921,7 @@ def same_data(args, *more):
     more: further flags to repeat where they were given, such as "--out".
     """
     flags = [] if args.data == "digits" else ["--data", args.data]
-    flags += ["--root", args.root or "DIR"] if args.root or args.data in SUBSETS else []
+    flags += ["--root", args.root or "DIR"] if args.root or args.data in ROOTED else []
     flags += ["--validation"] * args.validation
     for flag in more:
         value = getattr(args, flag.strip("-"))

@@ -22,6 +22,7 @@ import shlex
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,7 +51,9 @@ class Schedule:
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`; their squares sum to 1.
     posterior: (4, T) float32 on `device`, of each step t -> t - 1 what `posterior` says: a, b, log variance,
     log beta. The variance of t = 0 is zero and takes that of t = 1 in its place.
+    Solvers (sample.py) also stop between two t, where log abar is taken to be linear.
     """
+    name = "linear"
     T = 1000
 
     def __init__(self, device="cpu"):
@@ -61,9 +64,33 @@ class Schedule:
         variance[0] = variance[1]
         self.posterior = torch.stack([a, b, variance.log(), beta.log()]).float().to(device)
 
+    def draw_times(self, batch, chance, device):
+        """Random t to train on, (batch,) int64, every one of 0..999 as likely as the others."""
+        return torch.randint(self.T, (batch,), generator=chance, device=device)
+
     def at(self, t):
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
         return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+
+    def first(self, steps):
+        """The t nearest to the image that a sampler of so many steps goes to."""
+        return 0
+
+    def abar_at(self, t):
+        """abar of one t in [0, 999], a float."""
+        if t == int(t):                                         # the table's own number, not its logarithm's
+            return self.abar[int(t)].item()
+        return math.exp(np.interp(t, range(self.T), self.abar.log()))
+
+    def time_at(self, half_log_snr):
+        """The t where log(sqrt(abar) / sqrt(1 - abar)) is this number; the inverse of `level`."""
+        log_abar = -np.logaddexp(0, -2 * half_log_snr)
+        return float(np.interp(-log_abar, -self.abar.log(), range(self.T)))
+
+    def level(self, t):
+        """The Level at one t in [0, 999]."""
+        abar = self.abar_at(t)
+        return Level(t, math.sqrt(abar), math.sqrt(1 - abar), 0.5 * math.log(abar / (1 - abar)))
 
     def q_sample(self, x0, t, eps):
         """Noise x0 to time t (Ho et al. 2020, eq. 4): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
@@ -79,6 +106,17 @@ class Schedule:
         """The inverse of q_sample for eps: (x_t - sqrt(abar) x_0) / sqrt(1 - abar)."""
         signal, noise = self.at(t)
         return (xt - signal * x0) / noise
+
+
+class Level(NamedTuple):
+    """How noisy x_t is: x_t = alpha x_0 + sigma eps, half_log_snr = log(alpha / sigma); floats."""
+    t: float
+    alpha: float
+    sigma: float
+    half_log_snr: float
+
+
+CLEAN = Level(-1.0, 1.0, 0.0, math.inf)                         # the image itself; no network is asked there
 
 
 def posterior(abar, abar_prev):
@@ -162,10 +200,10 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); DiffFit's gammas scale qkv and the output."""
 
-    def __init__(self, width, heads, difffit):
+    def __init__(self, width, heads, difffit, qkv_bias=True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         self.gamma1 = nn.Parameter(torch.ones(3 * width)) if difffit else None
         self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
@@ -262,7 +300,7 @@ class DiT(nn.Module):
 def difffit_parameters(model):
     """Names of what DiffFit tunes: biases, norms, gammas and the label table (Xie et al. 2023)."""
     return [name for name, _ in model.named_parameters()
-            if any(part in name for part in ("bias", "norm", "gamma", "y_embed"))]
+            if any(part in name for part in ("bias", "norm", "gamma", "y_embed", "label_emb"))]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -355,16 +393,15 @@ def save_checkpoint(path, tensors, header):
     save_tensors(path, tensors, {**header, "fingerprint": fingerprint(tensors)})
 
 
-def load_model(path, device="cpu"):
-    """A checkpoint -> (DiT in eval mode, header); a fine-tuned one is laid over the base that it names.
+def load_model(path, device="cpu", build=None):
+    """A checkpoint -> (network in eval mode, header); a fine-tuned one is laid over the base that it names.
 
-    The header's "weights" then identifies all of the network's tensors, its base's among them.
+    build: config as keywords -> the network; default: a DiT. The header's "weights" then identifies all of
+    the network's tensors, its base's among them.
     Raises UserError where the base is gone or another one, or a tensor is missing, extra or of another shape.
     """
     path = pathlib.Path(path)
     header = read_header(path)
-    if header["schedule"] != "linear":
-        raise UserError(f"{path} was trained with a {header['schedule']} schedule; only linear is here")
     header["weights"] = header["fingerprint"]
     tensors = load_tensors(path)
     if "base" in header:
@@ -375,16 +412,16 @@ def load_model(path, device="cpu"):
         if read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
             raise UserError(f"{base} is another base model than the one {path} was tuned from")
         tensors = {**load_tensors(base), **tensors}
-    return rebuild(header["config"], tensors, path).to(device).eval(), header
+    return rebuild(header["config"], tensors, path, build).to(device).eval(), header
 
 
-def rebuild(config, tensors, path):
-    """The DiT of `config` with {name: tensor} for weights; only DiffFit's gammas may be missing (they are 1).
+def rebuild(config, tensors, path, build=None):
+    """The network of `config` with {name: tensor} for weights; only DiffFit's gammas, which are 1, may miss.
 
     Raises UserError, naming `path` and the tensor, where anything else is missing, extra or of another shape.
     """
     with torch.device("meta"):                                  # shapes alone: 675M initial weights cost time
-        model = DiT(**config)
+        model = (build or DiT)(**config)
     wanted = model.state_dict()
     gammas = {name: torch.ones(wanted[name].shape) for name in wanted
               if "gamma" in name and name not in tensors}
@@ -409,10 +446,11 @@ def rows_of(header, classes, path):
 PUBLISHED = "https://dl.fbaipublicfiles.com/DiT/models/{}.pt"
 
 
-def read_published(path):
-    """A .pt file of DiT's layout -> ({name: tensor}, config). Of a training checkpoint the averaged weights.
+def read_published(path, read_config, kind):
+    """A published .pt or .pth -> ({name: tensor}, config). Of a training checkpoint the averaged weights.
 
-    The size is read off the shapes. Raises UserError where the file is no such thing.
+    read_config: {name: tensor} -> config, read off the shapes. kind: what the network is called.
+    Raises UserError where the file is no such thing.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"there is no file {path}")
@@ -420,18 +458,22 @@ def read_published(path):
         with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold one
             state = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name: tensor.float() for name, tensor in state.get("ema", state).items()}
-        patches, table = tensors["x_embedder.proj.weight"], tensors["y_embedder.embedding_table.weight"]
-        width, channels, patch, _ = patches.shape
-        tokens, outputs = tensors["pos_embed"].shape[1], len(tensors["final_layer.linear.weight"])
-        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-        network = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
+        return tensors, read_config(tensors)
     except Exception as error:                                  # a damaged pickle may raise anything
-        raise UserError(f"{path} holds no DiT weights as they are published ({type(error).__name__}: "
+        raise UserError(f"{path} holds no {kind} weights as they are published ({type(error).__name__}: "
                         f"{str(error)[:80]}); one that was fetched is fetched again once it is "
                         "deleted") from error
-    return tensors, {"network": network, "size": patch * math.isqrt(tokens), "patch": patch,
-                     "channels": channels, "classes": len(table) - 1,
-                     "learned_variance": outputs == 2 * channels * patch**2}
+
+
+def dit_config(tensors):
+    """The config of the DiT that has these {name: tensor}."""
+    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    tokens, outputs = tensors["pos_embed"].shape[1], len(tensors["final_layer.linear.weight"])
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    network = {(d, w): size for size, (d, w, _) in SIZES.items()}[depth, width]
+    return {"network": network, "size": patch * math.isqrt(tokens), "patch": patch, "channels": channels,
+            "classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
+            "learned_variance": outputs == 2 * channels * patch**2}
 
 
 def published_base(recipe):
@@ -455,7 +497,7 @@ def import_weights(recipe, file, typed, overwrite=False):
 
 def convert(recipe, file, path, typed, overwrite):
     """Reads the .pt `file` and writes the base checkpoint `path`."""
-    tensors, config = read_published(file)
+    tensors, config = read_published(file, dit_config, "DiT")
     settings = {"weights": recipe.weights, "fingerprint": fingerprint(tensors)}
     if finished(path, settings, overwrite):
         return
@@ -494,12 +536,12 @@ def batch_index(n, batch, step, seed):
     return stream[first - epochs[0] * n:][:batch]
 
 
-def draw(train, batch, step, seed, flip, rows):
+def draw(train, batch, step, seed, flip, rows, schedule):
     """All that is random in a training step, as a function of (seed, step): nothing to save or restore.
 
     train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table rows of the classes, "no class"
-    last. Returns x0 (B, C, H, W), y (B,) rows of which one in ten says "no class", t (B,) in 0..999,
-    eps (B, C, H, W).
+    last (-1 where the table has none). Returns x0 (B, C, H, W), y (B,) rows of which one in ten says "no
+    class", t (B,) in [0, 999], eps (B, C, H, W).
     """
     device = train.labels.device
     chance = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**32)
@@ -507,8 +549,8 @@ def draw(train, batch, step, seed, flip, rows):
     mirrored = torch.rand(batch, generator=chance, device=device) < 0.5 if flip else None
     x0 = train.examples(index, mirrored, chance)
     dropped = torch.rand(batch, generator=chance, device=device) < 0.1
-    y = torch.where(dropped, rows[-1], rows[train.labels[index]])
-    t = torch.randint(Schedule.T, (batch,), generator=chance, device=device)
+    y = torch.where(dropped & (rows[-1] >= 0), rows[-1], rows[train.labels[index]])
+    t = schedule.draw_times(batch, chance, device)
     eps = torch.randn(x0.shape, generator=chance, device=device)
     return x0, y, t, eps
 
@@ -517,12 +559,15 @@ class Plan(NamedTuple):
     """How long, how fast: what a training run is, beside the network and the data."""
     steps: int
     batch: int
-    lr: float                 # AdamW, no weight decay
+    lr: float                 # AdamW's
     decay: bool               # True: warm-up, then half a cosine to zero; False: constant, as in Gu et al.
     ema: float
     seed: int
     flip: bool
     beta2: float = 0.99       # of AdamW; in short runs the second moment must catch up with the gradients
+    beta1: float = 0.9
+    weight_decay: float = 0.
+    lr_warm: int = 0          # steps of a linear warm-up before a constant rate
     warm: bool = True         # whether the average warms up
     # bfloat16 products under autocast, where Gu et al. had float32 (TF32); what is trained stays float32
     bf16: bool = False
@@ -530,7 +575,7 @@ class Plan(NamedTuple):
     def lr_at(self, step):
         """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
         if not self.decay:
-            return self.lr
+            return self.lr * min(1.0, (step + 1) / max(1, self.lr_warm))
         warm = max(1, self.steps // 20)
         rest = max(0.0, (step - warm) / max(1, self.steps - warm))
         return self.lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * rest))
@@ -548,18 +593,19 @@ class Trainer:
 
     train: ImageSet or vae.Latents, on the device. rows: (K + 1,) label-table row of each class, "no class"
     last. extra: None, or the min-max losses, extra(denoised, x0, labels) -> (scalar to add to L_diff,
-    {name: number}), with a state of its own; labels (list) are those of the whole batch. Of many processes
-    each works on its share of the batch. Raises UserError where the batch does not divide.
+    {name: number}), with a state of its own; labels (list) are those of the whole batch. schedule: on the
+    device; default: DiT's. Of many processes each works on its share of the batch. Raises UserError where
+    the batch does not divide.
     """
 
-    def __init__(self, model, train, rows, plan, extra=None):
+    def __init__(self, model, train, rows, plan, extra=None, schedule=None):
         self.share = share_of(plan.batch)
         self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
-        self.schedule, self.labels = Schedule(train.labels.device), train.labels.cpu()
+        self.schedule, self.labels = schedule or Schedule(train.labels.device), train.labels.cpu()
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
-        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(0.9, plan.beta2),
-                                           weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.tuned.values(), lr=plan.lr, betas=(plan.beta1, plan.beta2),
+                                           weight_decay=plan.weight_decay, fused=True)
         if plan.bf16:                                           # cast once what autocast would cast each
             for p in model.parameters():                        # time, and hold half; positions are but added
                 if not p.requires_grad and p is not model.pos_embed:
@@ -574,7 +620,7 @@ class Trainer:
     def step(self, step):
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
         plan = self.plan
-        drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows)
+        drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows, self.schedule)
         x0, y, t, eps = (part[rank() * self.share:][:self.share] for part in drawn)
         denoised = denoising_loss(self.predict, self.schedule, x0, y, t, eps)
         total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
@@ -691,10 +737,10 @@ def mean_of_processes(sums):
 # 8. The base model
 
 
-def new_header(data, config, settings, typed):
+def new_header(data, config, settings, typed, schedule):
     """What every checkpoint says of itself: how to rebuild the network, and where it came from."""
     rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
-    return {"config": config, "schedule": "linear", "latents": data.recipe.latents, "data": data.name,
+    return {"config": config, "schedule": schedule.name, "latents": data.recipe.latents, "data": data.name,
             "cut": data.cut, "recipe": data.recipe.name, "classes": data.train.classes,
             "phase": [0, len(rows) - 2], "rows": rows, "guidance": data.recipe.guidance,
             "settings": settings, "command": typed}
@@ -713,34 +759,43 @@ def finished(path, settings, overwrite):
     return found == settings
 
 
-def chosen_bf16(asked, device, network):
+def chosen_bf16(asked, device, width):
     """Whether to work in bfloat16: as asked, or where it is faster, which narrow networks are not."""
-    return (gains_from_bf16(device) and SIZES[network][1] >= 192) if asked is None else asked
+    return (gains_from_bf16(device) and width >= 192) if asked is None else asked
 
 
-def train_base(data, path, *, steps, seed, device, vae="ema", bf16=None, compiled=False, skip_broken=False,
-               overwrite=False, typed):
-    """Trains the base model of `data` (a Data) by its recipe and writes it to `path`."""
-    recipe, classes = data.recipe, data.train.classes
+def train_base(data, path, *, steps, seed, device, bf16=None, **how):
+    """Trains the base model of `data` (Data), a DiT, by its recipe and writes it to `path`. how: teach's."""
+    recipe = data.recipe
     config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
-              "channels": recipe.channels, "classes": len(classes)}
+              "channels": recipe.channels, "classes": len(data.train.classes)}
     plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
-                flip=recipe.flip, bf16=chosen_bf16(bf16, device, recipe.network))
+                flip=recipe.flip, bf16=chosen_bf16(bf16, device, SIZES[recipe.network][1]))
+    teach(data, path, config, plan, lambda: DiT(**config), Schedule(device), device=device, **how)
+
+
+def teach(data, path, config, plan, start, schedule, *, device, vae="ema", compiled=False, skip_broken=False,
+          overwrite=False, typed, more=None):
+    """Trains the network that start() makes, of either kind, on data.train and writes it to `path`.
+
+    more: further settings that make this run another one than a run without them.
+    """
+    steps, seed = plan.steps, plan.seed
     settings = {**config, **plan._asdict(), "data": data_print(data.train),
-                "encoder": source_name(vae) if recipe.latents else None}
+                "encoder": source_name(vae) if data.recipe.latents else None, **(more or {})}
     if finished(path, settings, overwrite):
         return
     train = prepared(data, vae, device, skip_broken, overwrite)
     torch.manual_seed(seed)                                     # the initial weights
-    model = DiT(**config).to(device)
-    header = new_header(data, config, settings, typed)
+    model = start().to(device)
+    header = new_header(data, config, settings, typed, schedule)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"base model | {data.name} | device {device}{' bf16' * plan.bf16} | {parameters / 1e6:.2f}M "
           f"parameters | {len(train.labels)} images | {steps} steps of {plan.batch} | seed {seed}")
     if compiled:
         model.compile()
     rows = torch.tensor(header["rows"], device=device)
-    fit(Trainer(model, train, rows, plan), path, header, overwrite)
+    fit(Trainer(model, train, rows, plan, schedule=schedule), path, header, overwrite)
 
 
 def main(argv=None):

@@ -27,6 +27,7 @@ from data import (UserError, add_flags, command, data_print, device_named, image
 from diffusion import (Plan, Trainer, chosen_bf16, difffit_parameters, finished, fit, import_weights,
                        new_header, published_base, rebuild, rows_of, share_of, train_base)
 from memory import Memory, policies
+from uvit import network_of, schedule_of, width_of
 from vae import prepared, source_name
 
 # ----------------------------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ def gathered(x):
 
 
 def tuned_model(base, header, tune, device):
-    """The base model at `base` with only what is to be tuned requiring gradients: (DiT, its config)."""
+    """The base model at `base` with only what is to be tuned requiring gradients: (network, its config)."""
     config = {**header["config"], "difffit": tune == "difffit"}
-    model = rebuild(config, load_tensors(base), base)
+    model = rebuild(config, load_tensors(base), base, network_of)
     if tune == "difffit":
         names = set(difffit_parameters(model))
         for name, parameter in model.named_parameters():
@@ -272,7 +273,7 @@ def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
         raise UserError(f"{len(train.labels)} images make no batch of {batch}: lower --batch")
     plan = Plan(steps=steps, batch=batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
                 seed=args.seed, flip=recipe.flip, beta2=recipe.tune_beta2, warm=recipe.tune_warm,
-                bf16=chosen_bf16(args.bf16, device, header["config"]["network"]))
+                bf16=chosen_bf16(args.bf16, device, width_of(header["config"])))
     settings = {**plan._asdict(), "data": data_print(train), "base": header["fingerprint"],
                 "lambda_r": lambda_r, "lambda_d": lambda_d, "memory": list(memory), "slots": args.slots,
                 "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune, "processes": world(),
@@ -292,8 +293,9 @@ def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
         model.compile()
     losses = MinMax(lambda_r, lambda_d, args.slots, memory, args.z_hat, args.naive)
     origin = {"file": os.path.relpath(base, path.parent), "fingerprint": header["fingerprint"]}
-    fit(Trainer(model, train, torch.tensor(rows, device=device), plan, losses), path,
-        {**new_header(data, config, settings, typed), "rows": rows, "phase": phase, "base": origin},
+    schedule = schedule_of(header["schedule"], base, device)
+    fit(Trainer(model, train, torch.tensor(rows, device=device), plan, losses, schedule), path,
+        {**new_header(data, config, settings, typed, schedule), "rows": rows, "phase": phase, "base": origin},
         args.overwrite)
 
 

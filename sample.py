@@ -14,13 +14,17 @@ float32 to one grey level; on the same device and with the same --batch to the b
 goes on to the same files. --ipc 5 is the first half of --ipc 10.
 Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Ho & Salimans 2022 (guidance).
 """
+import functools
 import hashlib
+import itertools
 import json
 import math
 import pathlib
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,48 +32,66 @@ import torch.distributed as dist
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import (UserError, add_flags, barrier, check_settings, class_list, command, data_name, device_named,
-                  load_tensors, many_processes, new_parser, one_sentence, open_image, own_recipe, rank,
-                  read_header, replacing, same_data, to_uint8, world, write_png)
-from diffusion import Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of
+from data import (ImageFiles, UserError, add_flags, barrier, check_settings, class_list, command, data_name,
+                  device_named, gains_from_bf16, load, load_tensors, many_processes, new_parser, one_sentence,
+                  open_image, own_recipe, rank, read_header, replacing, same_data, to_uint8, world, write_png)
+from diffusion import (CLEAN, Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of)
+from train_eval import evaluate
+from uvit import network_of, schedule_of, width_of
 from vae import decoder_of
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Grids: at which t the network is asked, S times of T = 1000
+# 1. Grids: the times at which a sampler stops, in [0, 999] whatever the schedule
+
+GRIDS = ("uniform", "quadratic", "trailing", "stride", "logsnr")
 
 
-def timesteps(steps, grid="uniform"):
-    """S distinct timesteps, falling; all grids but stride start at T - 1, where x_t is noise.
+def timesteps(count, grid="uniform", schedule=None, steps=None):
+    """`count` distinct times, falling from T - 1, where x_t is noise (stride alone starts lower).
 
-    uniform: T - 1 to 0 in equal steps (DiT's respacing "S"). quadratic: equal in sqrt(t), denser near the
-    image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024). stride: whole strides
-    from 0 up (DiT's respacing "ddimS"; 0 to 900 for S = 10).
-    Raises UserError where steps is outside 1..T, or where no stride makes just as many. One step starts, and
-    ends, at t = 999.
+    uniform: equal steps down to the schedule's first time, 0 (DiT's respacing "S"). quadratic: equal in
+    sqrt(t), denser near the image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
+    stride: whole strides from 0 up (DiT's respacing "ddimS"; 0 to 900 for 10). logsnr: equal in
+    log(alpha / sigma), where solvers are at home (Lu et al. 2022). On DiT's schedule (the default) the first
+    four take whole times, as in its training; logsnr stops between them, too.
+    steps: network calls of the whole sampler (default: count), which decide where a continuous schedule ends.
+    Raises UserError where count is outside 1..T, where no stride makes just as many, or has no meaning. One
+    time is T - 1.
     """
-    T = Schedule.T
-    if not 1 <= steps <= T:
-        raise UserError(f"--steps must be between 1 and {T}, not {steps}")
-    if steps == 1:
+    schedule, T = schedule or Schedule(), Schedule.T
+    first, whole = schedule.first(steps or count), schedule.name == "linear"
+    near = round if whole else float
+    if not 1 <= count <= T:
+        raise UserError(f"--steps must be between 1 and {T}, not {count}")
+    if grid == "stride" and not whole:
+        raise UserError("--grid stride counts the 1,000 steps of DiT's schedule; this checkpoint's is "
+                        "continuous: choose another --grid")
+    if count == 1:
         return [T - 1]
     if grid == "stride":
-        fits = [s for s in range(1, T + 1) if len(range(0, T, s)) == steps]
+        fits = [s for s in range(1, T + 1) if len(range(0, T, s)) == count]
         if not fits:
-            raise UserError(f"--grid stride has no whole stride that makes {steps} steps of {T}")
+            raise UserError(f"--grid stride has no whole stride that makes {count} steps of {T}")
         return list(range(0, T, fits[0]))[::-1]
+    part = [k / (count - 1) for k in range(count)]              # 0 to 1: from the image to noise
+    if grid == "logsnr":
+        low, high = (schedule.level(t).half_log_snr for t in (T - 1, first))
+        inner = [schedule.time_at(high + p * (low - high)) for p in part[1:-1]]
+        return [T - 1, *inner[::-1], first]                     # the ends themselves, not their inverses
     if grid == "uniform":
-        times = [round(k * (T - 1) / (steps - 1)) for k in range(steps)]
+        times = [near(first + k * (T - 1 - first) / (count - 1)) for k in range(count)]
     elif grid == "quadratic":
-        times = [round((k / (steps - 1)) ** 2 * (T - 1)) for k in range(steps)]
-        for k in range(1, steps):                               # where they crowd near 0, one t apart
+        low, high = math.sqrt(first), math.sqrt(T - 1)
+        times = [first, *(near((low + p * (high - low))**2) for p in part[1:-1]), T - 1]
+        for k in range(1, count if whole else 0):               # where they crowd near 0, one t apart
             times[k] = max(times[k], times[k - 1] + 1)
     else:
-        times = [round((k + 1) * T / steps) - 1 for k in range(steps)]
+        times = [near((k + 1) * T / count) - 1 for k in range(count)]
     return times[::-1]
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. One step back: x_t -> x_prev
+# 2. One step back, with noise: x_t -> x_prev
 #
 # abar and abar_prev (floats, abar < abar_prev <= 1) belong to this t and to the next smaller one of the grid;
 # abar_prev = 1 is the last step, where both return x0_hat and add no noise.
@@ -97,20 +119,70 @@ def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. From noise to image
+# 3. One step of the probability flow, solved in lambda = log(alpha / sigma): x at s -> x at t
+#
+#   x_t = alpha_t/alpha_s x_s - alpha_t (integral over lambda from s to t of e^-lambda eps_hat)
+#
+# s, t: diffusion.Level, of falling time; h = lambda_t - lambda_s > 0. A solver of order n follows eps_hat
+# along the step through n network calls, up to the n-th derivative in lambda (Lu et al. 2022, prop. 3.1).
+# eps: (x, Level) -> eps_hat (B, C, H, W). between: share of h -> the Level there.
 
 
-def guided(model, rows, null, guidance, channels=None):
+def dpm_solver_1(x, eps_hat, s, t):
+    """x_t = alpha_t/alpha_s x - sigma_t (e^h - 1) eps_hat: DDIM without noise (eq. 3.7)."""
+    h = t.half_log_snr - s.half_log_snr
+    return t.alpha / s.alpha * x - t.sigma * math.expm1(h) * eps_hat
+
+
+def dpm_solver_2(x, eps, s, t, between):
+    """The first order's step, with the noise of its own midpoint (alg. 4 with r1 = 1/2)."""
+    u = between(1 / 2)
+    middle = dpm_solver_1(x, eps(x, s), s, u)
+    return dpm_solver_1(x, eps(middle, u), s, t)
+
+
+def dpm_solver_3(x, eps, s, t, between):
+    """Through u at a third and v at two thirds of h (alg. 5 with r1 = 1/3, r2 = 2/3).
+
+    x_v = order 1 - 2 sigma_v ((e^{2h/3} - 1) / (2h/3) - 1) (eps_u - eps_s)
+    x_t = order 1 - 3/2 sigma_t ((e^h - 1) / h - 1) (eps_v - eps_s)
+    """
+    h, u, v = t.half_log_snr - s.half_log_snr, between(1 / 3), between(2 / 3)
+    eps_s = eps(x, s)
+    eps_u = eps(dpm_solver_1(x, eps_s, s, u), u)
+    two = 2 * h / 3
+    x_v = dpm_solver_1(x, eps_s, s, v) - 2 * v.sigma * (math.expm1(two) / two - 1) * (eps_u - eps_s)
+    return dpm_solver_1(x, eps_s, s, t) - 1.5 * t.sigma * (math.expm1(h) / h - 1) * (eps(x_v, v) - eps_s)
+
+
+def dpm_solver_pp_2m(x, x0_hat, x0_before, s, t, h_before):
+    """x_t = sigma_t/sigma_s x - alpha_t (e^-h - 1) (x0_hat + h/(2 h_before) (x0_hat - x0_before)).
+
+    DPM-Solver++(2M) (Lu et al. 2023, alg. 2): one call a step, and the call before. x0_before None, or t the
+    image itself (sigma 0), is a step of order 1.
+    """
+    h = t.half_log_snr - s.half_log_snr
+    if x0_before is not None and t.sigma > 0:
+        x0_hat = x0_hat + h / (2 * h_before) * (x0_hat - x0_before)
+    return t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * x0_hat
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. From noise to image
+
+
+def guided(model, rows, null, guidance, channels=None, interval=(0, Schedule.T - 1)):
     """(x, t) -> (eps, variance logits or None), with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
     eps = eps_u + guidance (eps_c - eps_u); both halves run as one batch. guidance is 1 + their w: 1 is the
-    conditional model, and the unconditional half is not computed. rows: (B,) label-table rows; null: the row
-    that means "no class". channels: how many of the first channels are guided, None for all. DiT's authors
-    guide 3 of 4, by an oversight that their published FID was made with; the other channels are conditional.
+    conditional model, and the unconditional half is not computed; nor is it for t outside of `interval`, both
+    ends within (Kynkaanniemi et al. 2024). rows: (B,) label-table rows; null: the row that means "no class".
+    channels: how many of the first channels are guided, None for all. DiT's authors guide 3 of 4, by an
+    oversight that their published FID was made with; the other channels are conditional.
     """
     def predict(x, t):
         C, time = x.shape[1], torch.full((len(x),), float(t), device=x.device)
-        if guidance == 1:
+        if calls_at(t, guidance, interval) == 1:
             out = model(x, time, rows).float()
             eps, logits = out[:, :C], out[:, C:]
         else:
@@ -124,24 +196,121 @@ def guided(model, rows, null, guidance, channels=None):
     return predict
 
 
-@torch.no_grad()
-def draw_images(predict, noise, times, sampler="ddim", eta=0.0):
-    """Runs a sampler along `times`: (B, C, H, W) float, unclipped.
+def calls_at(t, guidance, interval):
+    """How often the network looks at an image at time t: twice where it is guided."""
+    low, high = interval
+    return 2 if guidance != 1 and low <= t <= high else 1
 
-    predict: (x, t) -> (eps, variance logits or None). noise: k -> (B, C, H, W) standard normal, the start for
-    k = 0 and the noise of step k after that; asked only for what the sampler uses.
+
+SAMPLERS = {                   # what --sampler takes, and its own grid
+    "ddim": "quadratic", "ddpm": "quadratic", "dpm1": "logsnr", "dpm2": "logsnr", "dpm3": "logsnr",
+    "dpm-fast": "logsnr", "dpm++2m": "logsnr"}
+ORDERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "dpm-fast": 3}
+
+
+def orders(sampler, steps):
+    """Orders of a singlestep solver's steps, which make `steps` network calls between them.
+
+    As many of the solver's own as fit, then one of what is left; "dpm-fast" (U-ViT's sampler) ends with order
+    2 and 1 where nothing would be left, so that its last steps are always easier.
     """
-    abar, noisy = Schedule().abar.tolist(), sampler == "ddpm" or eta > 0
-    x = noise(0)
-    for k, t in enumerate(times):
-        now, previous = abar[t], abar[times[k + 1]] if k + 1 < len(times) else 1.0
+    order = ORDERS[sampler]
+    whole, left = divmod(steps, order)
+    if sampler == "dpm-fast" and left == 0:
+        return [3] * (whole - 1) + [2, 1]
+    return [order] * whole + [left] * (left > 0)
+
+
+class Sampler(NamedTuple):
+    """A sampler made ready for a schedule: name, times (falling, of the grid), orders (singlestep), eta."""
+    name: str
+    schedule: Schedule
+    times: list
+    orders: list | None
+    eta: float
+
+    @torch.no_grad()
+    def draw(self, predict, noise):
+        """(B, C, H, W) float, unclipped.
+
+        predict: (x, t) -> (eps, variance logits or None). noise: k -> (B, C, H, W) standard normal, the start
+        for k = 0 and the noise of step k after that; asked only for what the sampler uses.
+        """
+        loop = draw_singlestep if self.orders else draw_2m if self.name == "dpm++2m" else draw_stochastic
+        return loop(self, predict, noise)
+
+    def asked(self):
+        """The times of all network calls, in their order."""
+        times = []
+
+        def predict(x, t):
+            times.append(t)
+            return x, None
+        self.draw(predict, lambda k: torch.zeros(1, 1, 1, 1))
+        return times
+
+
+def sampler_of(name, steps, grid=None, schedule=None, eta=0.0):
+    """A Sampler that calls the network `steps` times. grid: None for the sampler's own. schedule: or DiT's.
+
+    Raises UserError where a singlestep solver, which ends where its grid ends, would end in the noise.
+    """
+    grid, schedule = grid or SAMPLERS[name], schedule or Schedule()
+    if name not in ORDERS:
+        return Sampler(name, schedule, timesteps(steps, grid, schedule), None, eta)
+    if grid in ("trailing", "stride"):
+        raise UserError(f"--sampler {name} ends where its grid does, and --grid {grid} does not end at the "
+                        "image: choose logsnr, quadratic or uniform")
+    timesteps(steps, grid, schedule)                            # or refuses the number
+    parts = orders(name, steps)
+    return Sampler(name, schedule, timesteps(len(parts) + 1, grid, schedule, steps), parts, eta)
+
+
+def draw_stochastic(sampler, predict, noise):
+    """DDPM and DDIM: a call at every time of the grid, the last step to the image itself."""
+    abar = [*map(sampler.schedule.abar_at, sampler.times), 1.0]
+    noisy, x = sampler.name == "ddpm" or sampler.eta > 0, noise(0)
+    for k, t in enumerate(sampler.times):
+        now, previous = abar[k], abar[k + 1]
         eps, logits = predict(x, t)
         x0_hat = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
         fresh = noise(k + 1) if noisy and previous < 1 else 0.0
-        if sampler == "ddpm":
+        if sampler.name == "ddpm":
             x = ddpm_step(x, x0_hat, now, previous, fresh, logits)
         else:
-            x = ddim_step(x0_hat, eps, now, previous, fresh, eta)
+            x = ddim_step(x0_hat, eps, now, previous, fresh, sampler.eta)
+    return x
+
+
+def draw_2m(sampler, predict, noise):
+    """DPM-Solver++(2M): a call at every time of the grid, the last step, of order 1, to the image itself."""
+    levels = [*map(sampler.schedule.level, sampler.times), CLEAN]
+    x, x0_before, h = noise(0), None, None
+    for s, t in itertools.pairwise(levels):
+        x0_hat = (x - s.sigma * predict(x, s.t)[0]) / s.alpha
+        x = dpm_solver_pp_2m(x, x0_hat, x0_before, s, t, h)
+        x0_before, h = x0_hat, t.half_log_snr - s.half_log_snr
+    return x
+
+
+def draw_singlestep(sampler, predict, noise):
+    """DPM-Solver: a step between every two times of the grid. Its result is x at the last, not x0_hat.
+
+    That is nearly the image, and what U-ViT's authors take: a standard deviation of 0.003 or, on DiT's
+    schedule, 0.01 of noise is left (in units of half the grey scale).
+    """
+    def eps(x, level):
+        return predict(x, level.t)[0]
+
+    def between(share):
+        return schedule.level(schedule.time_at((1 - share) * s.half_log_snr + share * t.half_log_snr))
+    schedule, x = sampler.schedule, noise(0)
+    levels = itertools.pairwise(map(schedule.level, sampler.times))
+    for order, (s, t) in zip(sampler.orders, levels, strict=True):
+        if order == 1:
+            x = dpm_solver_1(x, eps(x, s), s, t)
+        else:
+            x = (dpm_solver_2 if order == 2 else dpm_solver_3)(x, eps, s, t, between)
     return x
 
 
@@ -160,7 +329,7 @@ def image_noise(seed, names, shape, device):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. The order of the work, and where images are kept
+# 5. The order of the work, and where images are kept
 #
 # Image number p is of class p mod K, index p div K: rounds of one image a class, so that any stop leaves a
 # balanced set. A block is `batch` numbers in a row (the last may be shorter), drawn as one batch; one that
@@ -257,7 +426,7 @@ class NpzFile:
 
 
 # ----------------------------------------------------------------------------------------------------
-# 5. A distilled set, to a number of images or to the end of a budget
+# 6. A distilled set, to a number of images or to the end of a budget
 
 
 def distil(draw, store, record, total, budget, batch, save):
@@ -322,7 +491,85 @@ def contact_sheet(images, columns, path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 6. The driver
+# 7. Step reduction as a decision: how many steps are best for this budget, on this machine
+#
+# Fan et al. 2025 found 10 best for ten minutes of their GPU. Half the steps are twice the images, each worse;
+# what is best depends on the machine, the data and the budget. So each count gets a share of the budget, and
+# short judges say what the images are worth.
+
+CANDIDATES = (5, 10, 15, 20, 25, 30, 50)                        # Fan et al.'s, Table 3
+PILOT_SECONDS = 60             # all pilots together take as long as the budget, or this where that is shorter
+PILOT_VIEWS, PILOT_JUDGES = 100_000, 2                          # images a pilot's judge sees at most; judges
+
+
+def pilot_share(budget):
+    """The share of the budget (seconds) that each candidate's pilot gets: all of it where that is short."""
+    return min(1.0, max(budget, PILOT_SECONDS) / (len(CANDIDATES) * budget))
+
+
+def pilot_accuracy(place, data, device, seed):
+    """What the images at `place` are worth: percent of data.test, which is held-back training data.
+
+    The mean of PILOT_JUDGES judges of the recipe's shortened protocol, a quarter as long.
+    """
+    recipe = replace(data.recipe, protocol="short", views=min(data.recipe.views // 4, PILOT_VIEWS))
+    test = data.test._replace(size=recipe.judge_size) if isinstance(data.test, ImageFiles) else data.test
+    data = data._replace(recipe=recipe, test=test.read().to(device))
+    return evaluate(str(place), data, ipc=None, runs=PILOT_JUDGES, seed=seed,
+                    bf16=gains_from_bf16(device))["mean"]
+
+
+def decide(drawn_in, judge, out, classes, settings, budget, typed):
+    """The candidate whose pilot made the best judges; the table of the decision goes to out/steps.json.
+
+    drawn_in: steps -> (what draws a block, ...). judge: place of a pilot -> accuracy. settings: of the run,
+    with steps "auto"; the same ones find their decision made. The time this takes is not the budget's.
+    Raises UserError where the budget is too short for one image of each class at any count.
+    """
+    path, share = out / "steps.json", pilot_share(budget)
+    wanted = {**settings, "budget": budget}
+    found = of_first(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    if found.get("settings") == wanted:
+        print(f"{path} has decided on {found['steps']} steps (same settings)")
+        return found["steps"]
+    print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
+          "for each pilot, tested on held-back training images")
+    print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
+    store, rows, error = PngFolder(out / "pilots", classes), [], None
+    drawn_in(CANDIDATES[0])[0](block(0, settings["batch"], len(classes)))   # warms up
+    for steps in CANDIDATES:
+        of_first(store.remove)
+        record = {"classes": classes, "seconds": 0.0}
+        try:
+            items = distil(drawn_in(steps)[0], store, record, math.inf, share * budget, settings["batch"],
+                           lambda record: None)
+        except UserError as short:
+            error = short
+            continue
+        images, accuracy = len(items), of_first(lambda: judge(store.path))
+        row = {"steps": steps, "seconds_per_batch": record["seconds"] * settings["batch"] / images,
+               "images": int(images / record["seconds"] * budget), "pilot": images, "accuracy": accuracy}
+        rows.append(row)
+        print(f"{steps:5} | {row['seconds_per_batch']:9.3f} | {row['images']:20} | "
+              f"{row['images'] // len(classes):7} | {images:14} | {accuracy:.2f}")
+    of_first(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
+    if not rows:
+        raise error
+    best = max(rows, key=lambda row: row["accuracy"])["steps"]
+    print(f"-> {best} steps; this table is in {path}")
+    if rank() == 0:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"settings": wanted, "share": share, "rows": rows, "steps": best,
+                                             "command": typed}, indent=1) + "\n")
+    return best
+
+
+# ----------------------------------------------------------------------------------------------------
+# 8. The driver
+
+
+def number_or_auto(text):
+    return text if text == "auto" else int(text)
 
 
 def checked(args):
@@ -338,10 +585,16 @@ def checked(args):
         raise UserError(f"--batch must be at least 1, not {args.batch}")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
-    if args.eta > 0 and args.sampler == "ddpm":
-        raise UserError("--eta belongs to DDIM: DDPM has noise of its own")
+    if args.eta > 0 and args.sampler != "ddim":
+        raise UserError("--eta belongs to DDIM: DDPM has noise of its own, DPM-Solvers have none")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         raise UserError(f"--guidance must be a number, 0 or more, not {args.guidance}")
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= Schedule.T - 1:
+        raise UserError(f"--guidance-interval must be LOW HIGH, 0 <= LOW <= HIGH <= {Schedule.T - 1}, not "
+                        f"{low:g} {high:g}")
+    if args.steps == "auto" and budget is None:
+        raise UserError("--steps auto looks for the best under a budget: add --seconds or --minutes")
     if budget is None:
         return args.ipc or 10, math.inf
     return math.inf, budget
@@ -356,15 +609,20 @@ def main(argv=None):
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: "
                              "minimax.safetensors, or all minimax-A-B.safetensors, in --out or out/NAME)")
-    parser.add_argument("--steps", type=int, default=10,
-                        help="each is a network call, two with guidance (default: %(default)s)")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: %(default)s)")
-    parser.add_argument("--grid", choices=("uniform", "quadratic", "trailing", "stride"), default="quadratic",
-                        help="where in t the steps lie (default: %(default)s)")
+    parser.add_argument("--steps", type=number_or_auto, default=10, metavar="N|auto",
+                        help="each is a network call, two with guidance; auto tries several and takes what "
+                             "is best for the budget (default: %(default)s)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim",
+                        help="dpm-fast is U-ViT's, at 50 steps (default: %(default)s)")
+    parser.add_argument("--grid", choices=GRIDS,
+                        help="where in t the steps lie (default: quadratic; of DPM-Solvers logsnr)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
                                                        "(default: the checkpoint's)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        default=(0, Schedule.T - 1),
+                        help="guide only where LOW <= t <= HIGH, at half the cost elsewhere (default: 0 999)")
     parser.add_argument("--cfg-channels", type=int, metavar="N",
                         help="guide the first N channels only: 3 is DiT's published slip (default: all)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
@@ -426,7 +684,7 @@ def checkpoints(place, folders, redo):
 
 
 def opened(source, name, device):
-    """The network to draw the data set `name` with -> (DiT, header, phases).
+    """The network to draw the data set `name` with -> (DiT or UViT, header, phases).
 
     source: a file, or a list of phases that were tuned from the same base with the same settings. header: its
     classes and rows are those that can be drawn; its weights identifies all files. phases: (first, last,
@@ -440,7 +698,7 @@ def opened(source, name, device):
     if header["data"] != name and not published:
         raise UserError(f"{first_path} is of the data set {header['data']}, not {name}: "
                         "say which with --data, --root or --validation")
-    model, header = load_model(first_path, device)
+    model, header = load_model(first_path, device, network_of)
     if source is first_path:                                    # one file: what it can draw is enough
         first, last = header["phase"]
         classes = header["classes"][first:last + 1] if header["data"] == name else published
@@ -475,8 +733,11 @@ def lay_over(model, tensors):
         parameters[name].copy_(tensor)
 
 
-def artist(model, header, phases, decode, times, sampler, eta, guidance, guided_channels, seed):
-    """The function that draws a block: items, (label, index) of n images -> pictures (n, C, H, W) uint8."""
+def artist(model, header, phases, decode, sampler, guide, seed):
+    """The function that draws a block: items, (label, index) of n images -> pictures (n, C, H, W) uint8.
+
+    sampler: Sampler. guide: keywords of `guided`: guidance, channels, interval.
+    """
     config, device = header["config"], next(model.parameters()).device
     shape = config["channels"], config["size"], config["size"]
 
@@ -490,8 +751,8 @@ def artist(model, header, phases, decode, times, sampler, eta, guidance, guided_
             chosen = [items[i] for i in mine]
             rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)
             names = [(header["classes"][label], index) for label, index in chosen]
-            predict = guided(model, rows, header["rows"][-1], guidance, guided_channels)
-            x[mine] = draw_images(predict, image_noise(seed, names, shape, device), times, sampler, eta)
+            predict = guided(model, rows, header["rows"][-1], **guide)
+            x[mine] = sampler.draw(predict, image_noise(seed, names, shape, device))
         x = decode(x)                                           # latents: (n, 4, h, w) -> (n, 3, 8h, 8w)
         if not x.isfinite().all():
             raise UserError("the model draws images that are not finite: a smaller --guidance may help")
@@ -517,26 +778,34 @@ def of_first(make):
 def run(args, typed):
     """Everything after the command line was read."""
     ipc, budget = checked(args)
-    times, device = timesteps(args.steps, args.grid), device_named(args.device)
+    device = device_named(args.device)
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
     out = args.out or home
     source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}")
     model, header, phases = opened(source, name, device)
-    guidance = header["guidance"] if args.guidance is None else args.guidance
-    classes, config = header["classes"], header["config"]
-    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= config["channels"]:
-        raise UserError(f"--cfg-channels must be between 1 and {config['channels']}, not {args.cfg_channels}")
-    if args.cfg_channels is not None and guidance == 1:
-        raise UserError("--cfg-channels has nothing to choose with --guidance 1, which is none")
-    bf16 = chosen_bf16(args.bf16, device, config["network"])
+    schedule = schedule_of(header["schedule"], source, device)
+    guide = guidance_of(args, header)
+    bf16 = chosen_bf16(args.bf16, device, width_of(header["config"]))
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
     if args.compile:
         model.compile()
     decode, autoencoder = decoder_of(header["latents"], args.vae, device, bf16)
-    settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": args.grid,
-                "eta": args.eta, "guidance": guidance, "cfg_channels": args.cfg_channels, "bf16": bf16,
+    classes, grid = header["classes"], args.grid or SAMPLERS[args.sampler]
+    settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": grid,
+                "eta": args.eta, "guidance": guide["guidance"],
+                "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"], "bf16": bf16,
                 "autoencoder": autoencoder, "seed": args.seed, "batch": args.batch, "npz": args.npz}
+
+    def drawn_in(steps):
+        """(what draws a block in so many steps, its Sampler)"""
+        sampler = sampler_of(args.sampler, steps, grid, schedule, args.eta)
+        return artist(model, header, phases, decode, sampler, guide, args.seed), sampler
+    if args.steps == "auto":
+        data = load(args.data, args.root, header["recipe"], validation=True)
+        judge = functools.partial(pilot_accuracy, data=data, device=device, seed=args.seed)
+        settings["steps"] = decide(drawn_in, judge, out, classes, settings, budget, typed)
+    draw, sampler = drawn_in(settings["steps"])
     folder, file, record_path = PngFolder(out, classes), NpzFile(out, classes), out / "distilled.json"
     store = file if args.npz else folder
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
@@ -546,8 +815,8 @@ def run(args, typed):
     whole, resumable = of_first(lambda: (store.whole(record["ipc"]), store.resumable()))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{source if len(phases) == 1 else f'{len(phases)} phases'} | {name} | device {device}"
-          f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, {args.steps} "
-          f"steps, {args.grid} grid | guidance {guidance:g} | seed {args.seed}")
+          f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, "
+          f"{settings['steps']} steps, {grid} grid | guidance {guide['guidance']:g} | seed {args.seed}")
     if enough and whole:
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is -> "
               f"python train_eval.py{same_data(args, '--out')}" + f" --ipc {ipc}" * (ipc < record["ipc"]))
@@ -562,12 +831,10 @@ def run(args, typed):
         record["seconds"] = 0.0
     record.update(command=typed, ipc=0, budget=0.0)             # unfinished, until the end
     save(record)
-    draw = artist(model, header, phases, decode, times, args.sampler, args.eta, guidance, args.cfg_channels,
-                  args.seed)
     items = distil(draw, store, record, ipc * len(classes), budget, args.batch, save)
     record.update(ipc=len(items) // len(classes), budget=0.0 if math.isinf(budget) else budget)
     save(record)
-    calls = args.steps * (1 if guidance == 1 else 2)
+    calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in sampler.asked())
     print(f"{len(items)} images | {record['ipc']} a class | {record['seconds']:.1f} s | "
           f"{len(items) * calls:,} network evaluations ({calls} an image)")
     columns = min(10, record["ipc"])
@@ -577,6 +844,22 @@ def run(args, typed):
     print(f"saved {store.path} and {out / 'distilled.png'} -> "
           f"python train_eval.py{same_data(args, '--out')}"
           + (f" --recipe {header['recipe']}" if header["recipe"] != own_recipe(args.data) else ""))
+
+
+def guidance_of(args, header):
+    """The keywords of `guided` that the flags and the checkpoint ask for; refuses what contradicts itself."""
+    none, channels = header["rows"][-1] < 0, header["config"]["channels"]
+    guidance = (1.0 if none else header["guidance"]) if args.guidance is None else args.guidance
+    if none and guidance != 1:
+        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
+                        f"weights have none: --guidance {guidance:g} cannot be, only 1")
+    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
+        raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")
+    if args.cfg_channels is not None and guidance == 1:
+        raise UserError("--cfg-channels has nothing to choose with --guidance 1, which is none")
+    if guidance == 1 and tuple(args.guidance_interval) != (0, Schedule.T - 1):
+        raise UserError("--guidance-interval has nothing to limit with --guidance 1, which is none")
+    return {"guidance": guidance, "channels": args.cfg_channels, "interval": tuple(args.guidance_interval)}
 
 
 if __name__ == "__main__":

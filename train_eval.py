@@ -23,8 +23,10 @@ import os
 import pathlib
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -86,10 +88,11 @@ def flip(x, g):
     return torch.where(mirrored, x.flip(3), x)
 
 
-def warp(x, matrix):
-    """Samples x at matrix (B, 2, 2) times the centred coordinates, bilinear, zeros outside."""
+def warp(x, matrix, outside="zeros"):
+    """Samples x at matrix (B, 2, 2) times the centred coordinates, bilinear; outside: as grid_sample pads."""
     theta = torch.cat([matrix, torch.zeros_like(matrix[:, :, :1])], dim=2)  # (B, 2, 3)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)         # (B, H, W, 2)
+    return F.grid_sample(x, grid, padding_mode=outside, align_corners=False)
 
 
 def scale(x, g):
@@ -99,19 +102,27 @@ def scale(x, g):
     return warp(x, torch.diag_embed(factors))
 
 
+def turn(x, angle, outside="zeros"):
+    """Turns each image by its own angle (B,), in radians."""
+    c, s = angle.cos(), angle.sin()
+    return warp(x, torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1), outside)
+
+
 def rotate(x, g):
     """Turns by up to 15 degrees."""
-    angle = (torch.rand(len(x), generator=g, device=x.device) - 0.5) * 2 * math.radians(15)
-    c, s = angle.cos(), angle.sin()
-    return warp(x, torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1))
+    return turn(x, (torch.rand(len(x), generator=g, device=x.device) - 0.5) * 2 * math.radians(15))
 
 
 FAMILIES = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
 
 
-def dsa(x, families, g):
-    """One of `families` (names), drawn for the batch; its parameters are drawn for each image."""
-    choice = int(torch.randint(len(families), (), generator=g, device=x.device))
+def dsa(x, families, g, host):
+    """One of `families` (names), drawn for the batch by `host`; g draws its parameters for each image.
+
+    host: a generator on the CPU, since Python has to know what it drew, and would wait for a GPU to say it.
+    On a CPU it is g itself.
+    """
+    choice = int(torch.randint(len(families), (), generator=host))
     return FAMILIES[families[choice]](x, g)
 
 
@@ -143,17 +154,23 @@ def enlarge(x, corners, sides):
     return F.grid_sample(x, grid, align_corners=False)                      # grid: (B, S, S, 2)
 
 
-def jitter(x, g):
+def jitter(x, g, host):
     """Moves by alpha in [-.4, .4] towards black, the image's mean grey and its greys, in random order.
 
-    Brightness, contrast, saturation; alpha is each image's own, the order the batch's.
+    Brightness, contrast, saturation; alpha is each image's own, the order the batch's, and drawn by `host`.
     """
     alpha = torch.rand(3, len(x), 1, 1, 1, generator=g, device=x.device) * 0.8 - 0.4    # (3, B, 1, 1, 1)
     ends = (torch.zeros_like, lambda x: rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True),
             rgb_to_grayscale)
-    for k in torch.randperm(3, generator=g, device=x.device).tolist():
+    for k in torch.randperm(3, generator=host).tolist():
         x = x.lerp(ends[k](x), alpha[k])
     return x
+
+
+@functools.cache
+def constant(numbers, device):
+    """A tensor of `numbers` (a tuple or a tensor), copied to the device once: every copy makes a GPU wait."""
+    return torch.as_tensor(numbers, device=device)
 
 
 # ImageNet's principal colours, columns, times their eigenvalues (Krizhevsky et al. 2012)
@@ -167,7 +184,7 @@ def lighting(x, g):
     if x.shape[1] != 3:
         return x
     alpha = 0.1 * torch.randn(len(x), 1, 3, generator=g, device=x.device)
-    return x + (PRINCIPAL.to(x.device) * alpha).sum(dim=2)[:, :, None, None]            # (B, 3, 1, 1)
+    return x + (constant(PRINCIPAL, x.device) * alpha).sum(dim=2)[:, :, None, None]     # (B, 3, 1, 1)
 
 
 def cutmix(x, g):
@@ -188,6 +205,37 @@ def cutmix(x, g):
     return torch.where(box, x[partner], x), partner, 1 - box.float().mean()
 
 
+# Last that of Su et al., post data augmentation, which is done once to a set that was drawn.
+
+
+def post_augment(images, recipe, g):
+    """An augmented copy of each image (Su et al. 2024): (N, C, H, W) uint8 -> uint8. g: on the CPU.
+
+    Mirrored with chance .8; brightness moved and contrast scaled by up to .2, with .5; turned by up to 60
+    degrees, with .8; to a power in [.8, 1.2], with .5 (albumentations' defaults). Where the recipe forbids
+    mirroring, what is seen depends on how it stands: such images are never mirrored, and turned by up to 15
+    degrees. Su et al. also turned .8 of their images upside down, which is left out: no test image stands so.
+    The corners that turning uncovers are filled by reflection, as theirs were: black ones would be a mark
+    that no test image bears.
+    """
+    u = torch.rand(8, len(images), 1, 1, 1, generator=g).to(images.device)  # (8, N, 1, 1, 1)
+    x = images.float() / 255
+    if recipe.flip:
+        x = torch.where(u[0] < 0.8, x.flip(3), x)
+    brighter = (x * (0.8 + 0.4 * u[2]) + 0.4 * u[3] - 0.2).clamp(0, 1)
+    x = torch.where(u[1] < 0.5, brighter, x)
+    limit = math.radians(60 if recipe.flip else 15)
+    x = turn(x, ((u[4] < 0.8) * limit * (2 * u[5] - 1)).flatten(), "reflection")
+    x = torch.where(u[6] < 0.5, x ** (0.8 + 0.4 * u[7]), x)
+    return (255 * x).round().to(torch.uint8)
+
+
+def with_copies(train, copies, recipe, g):
+    """An ImageSet, then `copies` augmented copies of each of its images in the same order, labels kept."""
+    parts = [post_augment(part, recipe, g) for _ in range(copies) for part in train.images.split(1024)]
+    return ImageSet(torch.cat([train.images, *parts]), train.labels.repeat(1 + copies), train.classes)
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. The judge's training
 
@@ -201,7 +249,7 @@ def at_size(images, size):
 
 def standardise(x, recipe):
     """(B, C, H, W) in [0, 1] -> (x - mean) / std."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
+    mean, std = (constant(v, x.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
     return (x - mean) / std
 
 
@@ -211,19 +259,29 @@ def normalise(images, recipe):
 
 
 def challenge_epochs(recipe, images, classes):
+    """The challenge's loop over range(1000 + 1)."""
+    return 1001
+
+
+def challenge_rate(epoch, epochs):
+    """A tenth after half; the challenge's own half, after the epoch with index E // 2 + 1 (501 of 1,001)."""
+    return 0.01 if epoch < epochs // 2 + 2 else 0.01 * 0.1
+
+
+def challenge_augment(images, labels, recipe, g, host):
+    """One of all six families."""
+    return dsa(normalise(images, recipe), list(FAMILIES), g, host), [(labels, 1)]
+
+
+def short_epochs(recipe, images, classes):
     """The recipe's, fewer where the judge would then see more than recipe.views images."""
     return max(1, min(recipe.epochs, recipe.views // images))
 
 
-def challenge_rate(epoch, epochs):
-    """A tenth after half; the challenge's own half, after the epoch with index E // 2 + 1."""
-    return 0.01 if epoch < epochs // 2 + 2 else 0.01 * 0.1
-
-
-def challenge_loss(judge, images, labels, recipe, g):
-    """Cross entropy after one of the recipe's families (of all, where it names none)."""
+def short_augment(images, labels, recipe, g, host):
+    """One of the recipe's families (of all, where it names none)."""
     families = recipe.augment.split("_") if recipe.augment else list(FAMILIES)
-    return F.cross_entropy(judge(dsa(normalise(images, recipe), families, g)), labels)
+    return dsa(normalise(images, recipe), families, g, host), [(labels, 1)]
 
 
 def gu_epochs(recipe, images, classes):
@@ -238,34 +296,43 @@ def gu_rate(epoch, epochs):
     return 0.01 * 0.2 ** ((epoch >= 2 * epochs // 3) + (epoch >= 5 * epochs // 6))
 
 
-def gu_loss(judge, images, labels, recipe, g):
-    """Cross entropy with both labels of each mixed image, by their shares of its area."""
+def gu_augment(images, labels, recipe, g, host):
+    """Crops, mirrors, colours, then CutMix: both labels of each mixed image, by their shares of its area."""
     x = images.float() / 255                                                # (B, C, S, S)
     x = enlarge(x, *random_boxes(len(x), x.shape[-1], g))
     x = flip(x, g) if recipe.flip else x
-    x = standardise(lighting(jitter(x, g), g), recipe)
+    x = standardise(lighting(jitter(x, g, host), g), recipe)
     x, partner, own = cutmix(x, g)
-    logits = judge(x)                                                       # (B, K)
-    return own * F.cross_entropy(logits, labels) + (1 - own) * F.cross_entropy(logits, labels[partner])
+    return x, [(labels, own), (labels[partner], 1 - own)]
 
 
 class Protocol(NamedTuple):
-    """How a judge is trained and compared; the optimizer is SGD, momentum 0.9, weight decay 5e-4, in all."""
+    """How judges are trained and compared; the optimizer is SGD, momentum 0.9, weight decay 5e-4, in all."""
     batch: int
-    looks: int                 # at how many epochs its accuracy is looked at
+    looks: int                 # at how many epochs their accuracy is looked at
+    runs: int                  # judges per row, unless --runs says otherwise
+    bf16: bool                 # whether bfloat16 is the default where it is faster
     epochs: Callable           # (recipe, images, classes) -> epochs
     rate: Callable             # (epoch, epochs) -> learning rate
     fresh: bool                # whether the optimizer forgets its momentum where the rate falls
-    loss: Callable             # (judge, images (B, C, S, S) uint8, labels (B,), recipe, g) -> ()
+    augment: Callable          # (images (B, C, S, S) uint8, labels (B,), recipe, g, host) -> (x, targets)
     beside: tuple              # the rows of real images that are always there
 
 
-# Under gu a judge of all of an ImageNet subset would train for hours, and a mean of photographs is a blur.
+# "challenge" is exact: of the recipe it takes the network, the size and the normalisation alone. Under gu a
+# judge of all of an ImageNet subset would train for hours, and a mean of photographs is a blur.
 PROTOCOLS = {
-    "challenge": Protocol(256, 10, challenge_epochs, challenge_rate, True, challenge_loss,
+    "challenge": Protocol(256, 10, 3, False, challenge_epochs, challenge_rate, True, challenge_augment,
                           ("random", "kmeans", "full")),
-    "gu": Protocol(64, 100, gu_epochs, gu_rate, False, gu_loss, ("random",)),
+    "short": Protocol(256, 10, 5, True, short_epochs, challenge_rate, True, short_augment,
+                      ("random", "kmeans", "full")),
+    "gu": Protocol(64, 100, 3, True, gu_epochs, gu_rate, False, gu_augment, ("random",)),
 }
+
+
+def mixed_loss(logits, targets):
+    """Cross entropy of logits (B, K) with each of `targets`, [(labels (B,), share of the loss)]."""
+    return sum(share * F.cross_entropy(logits, labels) for labels, share in targets)
 
 
 def count_epochs(recipe, images, classes):
@@ -285,36 +352,46 @@ def accuracy(predict, images, labels, recipe):
     return 100 * int((in_parts(predict, images, recipe).argmax(1) == labels).sum()) / len(labels)
 
 
-def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
-    """A fresh recipe.net trained on `train`, tested on `test` (ImageSets on one device).
+class Pupil(NamedTuple):
+    """A judge while it learns: its network, its training set, and its generators (see dsa)."""
+    judge: torch.nn.Module
+    train: ImageSet
+    g: torch.Generator
+    host: torch.Generator
 
-    Returns (judge, accuracies): percent on `test`, at `looks` epochs evenly spread (default: the protocol's);
-    the last is the last epoch's. The same seed gives the same weights, batches and augmentations. Raises
-    UserError where the loss is not finite.
+
+def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
+    """Trains the pupils in lockstep, as one network: the sum of their losses leaves their gradients apart.
+
+    Each gets the batches and augmentations that it would get alone. Returns, for each, its percent on `test`
+    after each of `looks` epochs. stop: a threading.Event; once it is set, training ends and is worth nothing.
+    Raises UserError where a loss is not finite.
     """
-    device, protocol = train.images.device, PROTOCOLS[recipe.protocol]
-    g = torch.Generator(device).manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(train.classes)).to(device)
-    # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB.
-    images, held = at_size(train.images, recipe.judge_size), at_size(test.images, recipe.judge_size)
-    looks = looks or protocol.looks
+    device, protocol = test.images.device, PROTOCOLS[recipe.protocol]
+    weights, network = convnet.as_one([pupil.judge for pupil in pupils])
+    network = torch.compile(network) if compiled else network
     tested = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
-    optimizer, accuracies = None, []
+    optimizer, accuracies = None, [[] for _ in pupils]
 
-    def predict(x):                                             # not around the augmentation: its coordinates
+    def predict(network, x):                                    # not around the augmentation: its coordinates
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):     # would become bfloat16
-            return judge(x).float()
+            return network(x).float()
     for epoch in tqdm(range(epochs), disable=None, leave=False):
         rate = protocol.rate(epoch, epochs)
         if optimizer is None or protocol.fresh and rate != optimizer.param_groups[0]["lr"]:
-            optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=5e-4)
         optimizer.param_groups[0]["lr"] = rate
-        judge.train()
-        order = torch.randperm(len(images), generator=g, device=device)
-        for index in order.split(protocol.batch):
-            loss = protocol.loss(predict, images[index], train.labels[index], recipe, g)
+        for pupil in pupils:
+            pupil.judge.train()
+        orders = [torch.randperm(len(train.labels), generator=g, device=device) for _, train, g, _ in pupils]
+        for parts in zip(*(order.split(protocol.batch) for order in orders), strict=True):
+            if stop.is_set():
+                return accuracies
+            batches = [protocol.augment(train.images[index], train.labels[index], recipe, g, host)
+                       for (_, train, g, host), index in zip(pupils, parts, strict=True)]
+            logits = predict(network, [x for x, _ in batches])                # (n, B, K)
+            loss = sum(mixed_loss(own, targets)
+                       for own, (_, targets) in zip(logits, batches, strict=True))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -322,9 +399,89 @@ def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
             if not loss.isfinite():
                 raise UserError(f"the judge's loss is not finite in epoch {epoch + 1}: another --net, or "
                                 "--no-bf16, may help")
-            judge.eval()
-            accuracies.append(accuracy(predict, held, test.labels, recipe))
-    return judge, accuracies
+            for pupil, curve in zip(pupils, accuracies, strict=True):
+                judge = pupil.judge.eval()
+                curve.append(accuracy(functools.partial(predict, judge), test.images, test.labels, recipe))
+    if not sys.stderr.isatty():
+        for pupil, curve in zip(pupils, accuracies, strict=True):
+            print(f"a judge of {len(pupil.train.labels)} images | {curve[-1]:.2f} %", file=sys.stderr,
+                  flush=True)
+    return accuracies
+
+
+def in_threads(work, jobs):
+    """[work(job, stop) for each of the jobs], as many at a time as there are CPU threads, which they share.
+
+    stop: a threading.Event, set by the first error and by Ctrl-C, which work looks at in every step.
+    """
+    threads, stop = torch.get_num_threads(), threading.Event()
+    workers = min(threads, len(jobs))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                                initargs=(threads // workers,)) as pool:
+            futures = [pool.submit(work, job, stop) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()                             # the first error, as soon as it is made
+            finally:
+                stop.set()
+        return [future.result() for future in futures]
+    finally:
+        torch.set_num_threads(threads)                          # a part of it is for the whole process
+
+
+def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False):
+    """Fresh judges recipe.net, one for each seed, trained on its set of `trains` and tested on `test`.
+
+    trains: ImageSets, `test` too, all on one device. Returns [(judge, accuracies)]: percent on `test`, at
+    `looks` epochs evenly spread (default: the protocol's); the last is the last epoch's. The same seed gives
+    the same weights, batches and augmentations whoever trains beside; on a CPU also the same bits, as long
+    as as many threads work for it. Raises UserError where a loss is not finite.
+
+    On a CPU they train at once, a thread each: small batches keep one core busier than two. On a GPU, which
+    one small judge keeps waiting for calls, they train in lockstep; larger pictures keep it busy anyway.
+    """
+    device, size = test.images.device, recipe.judge_size
+    # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB. What judges share is held once.
+    sized = {id(part): part._replace(images=at_size(part.images, size)) for part in (*trains, test)}
+    pupils = []
+    for train, seed in zip(trains, seeds, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            judge = convnet.judge(recipe.net, size, recipe.colours, len(train.classes)).to(device)
+        g = torch.Generator(device).manual_seed(seed)
+        host = g if device.type == "cpu" else torch.Generator().manual_seed(seed)
+        pupils.append(Pupil(judge, sized[id(train)], g, host))
+
+    def work(group, stop):
+        return teach(group, sized[id(test)], recipe, epochs, looks or PROTOCOLS[recipe.protocol].looks, bf16,
+                     compiled, stop)
+    equal = len({len(train.labels) for train in trains}) == 1
+    if device.type != "cpu" and recipe.net in convnet.JUDGES and size <= 64 and equal:
+        curves = work(pupils, threading.Event())
+    elif device.type != "cpu" or len(pupils) == 1:
+        curves = [work([pupil], threading.Event())[0] for pupil in pupils]
+    else:
+        curves = [curves[0] for curves in in_threads(work, [[pupil] for pupil in pupils])]
+    return [(pupil.judge, curve) for pupil, curve in zip(pupils, curves, strict=True)]
+
+
+def train_judge(train, test, recipe, epochs, seed, **how):
+    """One judge alone: (judge, accuracies), as train_judges has them."""
+    return train_judges([train], test, recipe, epochs, [seed], **how)[0]
+
+
+def compiles(recipe, classes, device):
+    """Whether torch.compile works here, tried on a judge of so many classes; where it does not, says why."""
+    judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes).to(device)
+    try:
+        with torch.no_grad():
+            torch.compile(judge)(torch.zeros(2, recipe.colours, recipe.judge_size, recipe.judge_size,
+                                             device=device))
+    except RuntimeError as error:                               # no compiler, an unsupported Python, ...
+        print(f"--compile does nothing here, as torch.compile fails: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -334,11 +491,12 @@ def train_judge(train, test, recipe, epochs, seed, looks=None, bf16=False):
 # chosen are read; k-means reads a class at a time.
 
 
-def members(train, c, ipc):
+def members(whole, c, ipc, name="the real set"):
     """Positions of the images of class c, (n,). Raises UserError where there are fewer than ipc."""
-    mine = (train.labels == c).nonzero().squeeze(1)                         # (n,)
+    mine = (whole.labels == c).nonzero().squeeze(1)                         # (n,)
     if len(mine) < ipc:
-        raise UserError(f"the class {train.classes[c]} has {len(mine)} real images, fewer than --ipc {ipc}")
+        raise UserError(f"{name} has {len(mine)} images of the class {whole.classes[c]}, fewer than --ipc "
+                        f"{ipc}")
     return mine
 
 
@@ -407,10 +565,16 @@ def read_distilled(path, data, skip_broken=False):
                     data.train.classes, skip_broken)
 
 
-def training_set(source, data, ipc, features, g, skip_broken=False):
+def first_of_each(whole, ipc, name="the real set"):
+    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one."""
+    return whole.pick(torch.cat([members(whole, c, ipc, name)[:ipc] for c in range(len(whole.classes))]))
+
+
+def training_set(source, data, ipc, features, g, skip_broken=False, found=None):
     """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
 
-    ipc: images a class, None for all that a folder holds. Raises UserError where there are fewer.
+    ipc: images a class, None for all that a folder holds. found: {folder: ImageSet}, those read already.
+    Raises UserError where there are fewer.
     """
     parts = []
     for name in source.split("+"):
@@ -420,8 +584,8 @@ def training_set(source, data, ipc, features, g, skip_broken=False):
             train, measured = features(name)
             parts.append(SELECTORS[name](train, ipc, measured, g, skip_broken))
         else:
-            found = read_distilled(name, data, skip_broken)
-            parts.append(found if ipc is None else first_of_each(found, ipc, name))
+            whole = (found or {}).get(name) or read_distilled(name, data, skip_broken)
+            parts.append(whole if ipc is None else first_of_each(whole, ipc, name))
     parts = [part.to(data.test.images.device) for part in parts]
     if len(parts) == 1:
         return parts[0]
@@ -429,41 +593,34 @@ def training_set(source, data, ipc, features, g, skip_broken=False):
                     data.train.classes)
 
 
-def first_of_each(whole, ipc, name):
-    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one."""
-    index = [(whole.labels == c).nonzero().squeeze(1)[:ipc] for c in range(len(whole.classes))]
-    if min(map(len, index)) < ipc:
-        raise UserError(f"{name} has {min(map(len, index))} images of a class, fewer than --ipc {ipc}")
-    return whole.pick(torch.cat(index))
-
-
-def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None, skip_broken=False):
+def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None, skip_broken=False,
+             pda=0, compiled=False, found=None):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
     data: Data; test, an ImageSet, is on the device, and train there too where it is one.
-    features: what judge_features(data, ...) returns, so that several rows share its judge. Run number r takes
-    the seed 1000 seed + r.
+    features: what judge_features(data, ...) returns, so that several rows share its judge. found: see
+    training_set. pda: augmented copies of each image. Run number r takes the seed 1000 seed + r.
     """
-    began, recipe, last, best = time.monotonic(), data.recipe, [], []
+    began, recipe, trains = time.monotonic(), data.recipe, []
     features = features or judge_features(data, seed, bf16, skip_broken)
     redrawn = any(part in ("random", "kmeans") for part in source.split("+"))
-    for run in range(runs):
-        if run == 0 or redrawn:                                 # a folder is read once, random draws anew
-            g = torch.Generator().manual_seed(1000 * seed + 500 + run)      # not the judge's stream
-            train = training_set(source, data, ipc, features, g, skip_broken)
-        count = epochs or count_epochs(recipe, len(train.labels), len(train.classes))
-        _, curve = train_judge(train, data.test, recipe, count, 1000 * seed + run, bf16=bf16)
-        last.append(round(curve[-1], 4))
-        best.append(round(max(curve), 4))
-        if not sys.stderr.isatty():
-            print(f"{source} | judge {run + 1} of {runs} | {last[-1]:.2f} %", file=sys.stderr, flush=True)
+    for run in range(runs if redrawn else 1):                   # a folder is read once, random draws anew
+        g = torch.Generator().manual_seed(1000 * seed + 500 + run)          # not the judge's stream
+        train = training_set(source, data, ipc, features, g, skip_broken, found)
+        trains.append(with_copies(train, pda, recipe, g))
+    images, classes = len(trains[0].labels), len(train.classes)
+    count = epochs or count_epochs(recipe, images, classes)
+    judged = train_judges(trains if redrawn else trains * runs, data.test, recipe, count,
+                          [1000 * seed + run for run in range(runs)], bf16=bf16, compiled=compiled)
+    last = [round(curve[-1], 4) for _, curve in judged]
     return {"data": data.name, "cut": data.cut, "train": source,
-            "ipc": len(train.labels) // len(train.classes), "images": len(train.labels),
+            "ipc": len(train.labels) // classes, "pda": pda, "images": images,
             "protocol": recipe.protocol, "judge": convnet.title(recipe.net), "size": recipe.judge_size,
             "epochs": count, "runs": runs,
             "accuracy": last, "mean": round(statistics.mean(last), 4),
             "std": round(statistics.stdev(last), 4) if runs > 1 else None,
-            "best": round(statistics.mean(best), 4), "seconds": round(time.monotonic() - began, 1),
+            "best": round(statistics.mean(round(max(curve), 4) for _, curve in judged), 4),
+            "seconds": round(time.monotonic() - began, 1),
             "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
 
 
@@ -483,7 +640,62 @@ def judge_features(data, seed, bf16, skip_broken=False):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. The driver
+# 4. Scores: what rows say together
+
+
+def hlr_ior(own, full, random):
+    """Hard label recovery and improvement over random, fractions, of three mean accuracies in percent.
+
+        HLR = acc(all real images) - acc(the set)          lower is better
+        IOR = acc(the set) - acc(as many real ones, drawn at random)
+
+    Both are DD-Ranking's (Li et al. 2025), whose formulas want fractions; its code 0.2.0 gives them percent.
+    """
+    return round((full - own) / 100, 6), round((own - random) / 100, 6)
+
+
+def score_rows(rows):
+    """HLR and IOR of each row that has a full and an equally large random one beside it.
+
+    Rows for results.jsonl too, which "kind": "scores" tells from the judges'.
+    """
+    plain = {row["train"]: row for row in rows if not row["pda"]}
+    full, random = plain.get("full"), plain.get("random")
+    scores = []
+    for row in rows if full and random else []:
+        if row not in (full, random) and row["ipc"] == random["ipc"]:
+            hlr, ior = hlr_ior(row["mean"], full["mean"], random["mean"])
+            kept = {key: row[key] for key in ("data", "cut", "train", "ipc", "protocol")}
+            scores.append({"kind": "scores", **kept, "hlr": hlr, "ior": ior})
+    return scores
+
+
+CHALLENGE = {"cifar100": 32, "tiny-imagenet": 64}               # the challenge's data sets and their sizes
+
+
+def challenge_score(rows):
+    """The challenge's score, percent: the mean over its data sets of a distilled set's accuracy.
+
+    rows: of results.jsonl, of which a data set's last exact one counts: its own judges, three or more, after
+    all 1,001 epochs in float32, on the test split. None as long as a data set has no such row.
+    """
+    means = {}
+    for row in rows:
+        exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
+                 and row["protocol"] == "challenge" and row["epochs"] == challenge_epochs(None, 0, 0)
+                 and row["runs"] >= 3 and "bf16" not in row["device"])
+        if exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
+            means[row["data"]] = row["mean"]
+    return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
+
+
+def read_rows(path):
+    """The rows of a results.jsonl, none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. The driver
 
 
 def table_line(row):
@@ -499,7 +711,7 @@ def main(argv=None):
                         help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum "
                              "a+b (default: distilled); random, kmeans and full are always there, under "
                              "gu only random: the full set of an ImageNet subset trains for hours")
-    add_flags(parser, "data root recipe validation out seed device skip-broken bf16")
+    add_flags(parser, "data root recipe validation out seed device skip-broken bf16 compile")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS),
                         help="how judges are trained (default: the recipe's)")
     parser.add_argument("--net", metavar="NAME",
@@ -507,23 +719,28 @@ def main(argv=None):
     parser.add_argument("--size", type=int, metavar="PX", help="the judge's input (default: the recipe's)")
     parser.add_argument("--ipc", type=int,
                         help="images per class (default: as many as the first folder holds, or 10)")
-    parser.add_argument("--runs", type=int, default=5, help="judges per row (default: %(default)s)")
+    parser.add_argument("--pda", type=int, default=0, metavar="K",
+                        help="add K augmented copies of each image of the SOURCEs (default: %(default)s)")
+    parser.add_argument("--runs", type=int,
+                        help="judges per row (default: the protocol's, "
+                             + ", ".join(f"{name} {protocol.runs}" for name, protocol in PROTOCOLS.items())
+                             + ")")
     parser.add_argument("--epochs", type=int,
-                        help="of each row's judges (default: by the recipe and the set's size)")
+                        help="of each row's judges (default: by protocol, recipe and the set's size)")
     args = parser.parse_args(argv)
     with one_sentence(parser, again="its rows are in results.jsonl: name the others"):
         run(args, command(__file__, argv))
 
 
 def plan_rows(args, data, home):
-    """(sources, images per class): "distilled" replaced by its place, the real rows added.
+    """(rows: (source, augmented copies), images per class, {folder: ImageSet} that were read).
 
-    Refuses before anything is trained: a set that is not there, or more real images a class than there are.
+    "distilled" is replaced by its place, and the real rows are added. Refuses before anything is trained: a
+    set that is not there, or one with a class of too few images.
     """
     made = next((home / kind for kind in ("distilled", "distilled.npz") if (home / kind).exists()), None)
-    asked = args.sources or ["distilled"]
-    sources, ipc = [], args.ipc
-    for source in asked:
+    rows, ipc, found = [], args.ipc, {}
+    for source in args.sources or ["distilled"]:
         parts = source.split("+")
         if "distilled" in parts and made is None:
             raise UserError(f"there is no {home / 'distilled'}: "
@@ -534,59 +751,71 @@ def plan_rows(args, data, home):
                 if not os.path.exists(part):
                     raise UserError(f"there is no {part}: a SOURCE is a folder, an .npz, distilled, full or "
                                     f"one of {', '.join(SELECTORS)}")
-                found = read_distilled(part, data, args.skip_broken)
-                held = int(found.labels.bincount().min())
-                ipc = ipc or held
-                if held < ipc:
-                    raise UserError(f"{part} has a class of {held} images, fewer than --ipc {ipc}")
-        sources.append("+".join(parts))
-    sources += [name for name in PROTOCOLS[data.recipe.protocol].beside if name not in sources]
+                found[part] = read_distilled(part, data, args.skip_broken)
+                ipc = ipc or int(found[part].labels.bincount().min())
+                first_of_each(found[part], ipc, part)
+        rows.append(("+".join(parts), args.pda))
     ipc = ipc or 10
-    fewest = int(data.train.labels.bincount().min())
+    if any(part in SELECTORS for source in args.sources for part in source.split("+")):
+        first_of_each(data.train, ipc)
+    beside, fewest = PROTOCOLS[data.recipe.protocol].beside, int(data.train.labels.bincount().min())
     if ipc > fewest:
-        if any(part in SELECTORS for source in args.sources for part in source.split("+")):
-            raise UserError(f"a class has only {fewest} real images, fewer than --ipc {ipc}")
         print(f"a class has only {fewest} real images: no row of {ipc} real ones a class")
-        sources = [source for source in sources if source not in SELECTORS]
-    return sources, ipc
+        beside = [name for name in beside if name not in SELECTORS]
+    return rows + [(name, 0) for name in beside if (name, 0) not in rows], ipc, found
 
 
 def run(args, typed):
     """Everything after the command line was read."""
-    for flag, value in (("--ipc", args.ipc), ("--runs", args.runs), ("--epochs", args.epochs),
-                        ("--size", args.size)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} must be at least 1, not {value}")
+    for flag, value, least in (("--ipc", args.ipc, 1), ("--runs", args.runs, 1), ("--epochs", args.epochs, 1),
+                               ("--size", args.size, 1), ("--pda", args.pda, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{flag} must be at least {least}, not {value}")
     device = device_named(args.device)
     data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
     given = {"protocol": args.protocol, "net": args.net, "judge_size": args.size}
     recipe = replace(data.recipe, **{name: value for name, value in given.items() if value})
-    if recipe.protocol == "gu" and len(data.train.classes) > 100:
+    protocol, classes = PROTOCOLS[recipe.protocol], len(data.train.classes)
+    if recipe.protocol == "gu" and classes > 100:
         raise UserError("the protocol gu is for up to 100 classes: ImageNet-1K was judged by another (RDED), "
                         "which is not here")
-    convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(data.train.classes))  # or refuses now
+    convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)  # or refuses now
     train, test = data.train, data.test
     if isinstance(train, ImageFiles):                           # pictures are read at the judge's size
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
-    bf16 = gains_from_bf16(device) if args.bf16 is None else args.bf16
+    bf16 = protocol.bf16 and gains_from_bf16(device) if args.bf16 is None else args.bf16
     home = args.out or pathlib.Path("out", data.name)
-    sources, ipc = plan_rows(args, data, home)
+    planned, ipc, found = plan_rows(args, data, home)
     data = data._replace(test=test.read(args.skip_broken).to(device))
     home.mkdir(parents=True, exist_ok=True)
+    runs, log = args.runs or protocol.runs, home / "results.jsonl"
     print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "
-          f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {args.runs} runs | "
+          f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {runs} runs | "
           f"seed {args.seed}")
+    compiled = args.compile and compiles(recipe, classes, device)
     print(f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds")
-    features = judge_features(data, args.seed, bf16, args.skip_broken)
-    for source in tqdm(sources, disable=None, leave=False):
-        row = evaluate(source, data, ipc=ipc, runs=args.runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
-                       features=features, skip_broken=args.skip_broken)
-        with open(home / "results.jsonl", "a") as file:
+    features, rows = judge_features(data, args.seed, bf16, args.skip_broken), []
+
+    def keep(row):
+        with open(log, "a") as file:
             file.write(json.dumps({**row, "command": typed}) + "\n")
-        tqdm.write(table_line(row))
+    for source, copies in tqdm(planned, disable=None, leave=False):
+        rows.append(evaluate(source, data, ipc=ipc, runs=runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
+                             features=features, skip_broken=args.skip_broken, pda=copies, compiled=compiled,
+                             found=found))
+        keep(rows[-1])
+        tqdm.write(table_line(rows[-1]))
     print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of up to "
-          f"{PROTOCOLS[recipe.protocol].looks} epochs, evenly spread | added to {home / 'results.jsonl'}")
+          f"{protocol.looks} epochs, evenly spread | added to {log}")
+    for row in score_rows(rows):
+        keep(row)
+        print(f"{row['train']} | HLR {row['hlr']:.3f} | IOR {row['ior']:.3f}")
+    if data.name in CHALLENGE and recipe.protocol == "challenge":
+        places = [*map(home.with_name, CHALLENGE), home]        # this run's rows are the last
+        score = challenge_score([row for place in places for row in read_rows(place / "results.jsonl")])
+        if score is not None:
+            print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")
 
 
 if __name__ == "__main__":

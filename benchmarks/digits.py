@@ -8,6 +8,8 @@ epoch on the 540 real test digits. A row of generated images at a fixed count dr
 and trains a judge on each, as "random" does. A row under a budget of seconds is one large set and five
 judges. Everything runs on the CPU, so that seconds mean the same in every row.
 """
+import functools
+import itertools
 import json
 import pathlib
 import shlex
@@ -22,18 +24,23 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import convnet
 import minimax
 import sample
 from data import UserError, device_named, gains_from_bf16, load, new_parser, one_sentence, replacing
-from train_eval import evaluate
+from train_eval import (SELECTORS, count_epochs, evaluate, first_of_each, in_parts, read_distilled,
+                        train_judge, train_judges)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
 RESULTS = ROOT / "results" / "digits.jsonl"
-RUNS, BUDGET = 5, 10
+RUNS, BUDGET, SHORT_BUDGET = 5, 10, 2                           # seconds
 STEPS = (5, 10, 15, 20, 25, 30, 50)
+SOLVERS = {"DDIM, quadratic grid": "ddim", "DPM-Solver++(2M), log-SNR grid": "dpm++2m",
+           "DPM-Solver-fast, log-SNR grid": "dpm-fast"}
+CALLS = (5, 10, 15, 20, 50)
 ABLATION = {                   # row -> the flags of minimax.py; None is the base model itself
     "base DiT": None,
     "+ DiffFit alone": "--lambda-r 0 --lambda-d 0",
@@ -82,16 +89,70 @@ def generated_row(flags, ipc, data, bf16):
             "command": "; ".join(filter(None, [tune, draw, judge]))}
 
 
-def budget_row(steps, data, bf16):
-    """As many images as BUDGET seconds allow. Without guidance: a large set wants diversity."""
-    out = f"out/bench/steps{steps}"
-    draw = (f"python sample.py --steps {steps} --seconds {BUDGET} --guidance 1 --out {out} "
+def budget_row(steps, seconds, data, bf16):
+    """As many images as so many seconds allow. Without guidance: a large set wants diversity."""
+    out = f"out/bench/steps{steps}" + f"-{seconds}s" * (seconds != BUDGET)
+    draw = (f"python sample.py --steps {steps} --seconds {seconds} --guidance 1 --out {out} "
             "--checkpoint out/bench/tuned/minimax.safetensors")
     type_in(draw)
     row = evaluate(f"{out}/distilled", data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
-    drawn = json.loads(pathlib.Path(out, "distilled.json").read_text())["seconds"]
-    return {**row, "train": "distilled", "steps": steps, "drawn": round(drawn, 2),
-            "command": f"{draw}; python train_eval.py {out}/distilled"}
+    record = json.loads(pathlib.Path(out, "distilled.json").read_text())
+    decision = pathlib.Path(out, "steps.json")
+    pilots = {"pilots": json.loads(decision.read_text())["rows"]} if decision.exists() else {}
+    return {**row, "train": "distilled", "steps": record["settings"]["steps"], **pilots,
+            "drawn": round(record["seconds"], 2), "command": f"{draw}; python train_eval.py {out}/distilled"}
+
+
+@functools.cache
+def real_judge(bf16):
+    """A judge trained on all real digits, and its features of those to test on: (judge, (540, F))."""
+    data = load()
+    epochs = count_epochs(data.recipe, len(data.train.labels), len(data.train.classes))
+    judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed=0, bf16=bf16)
+    return judge, in_parts(judge.embed, data.test.images, data.recipe)
+
+
+def coverage(images, data, bf16):
+    """The mean distance from a real test digit to the nearest of the images, in the real judge's features."""
+    judge, real = real_judge(bf16)
+    return torch.cdist(real, in_parts(judge.embed, images, data.recipe)).min(dim=1).values.mean().item()
+
+
+def solver_row(sampler, steps, data, bf16):
+    """A set of ten a class for each seed: its judge, the judge of the first of each class, its coverage.
+
+    sampler None: random real digits instead.
+    """
+    def judged(sets):
+        epochs = count_epochs(data.recipe, len(sets[0].labels), len(data.train.classes))
+        seeds = [1000 * seed for seed in range(RUNS)]
+        return [round(curve[-1], 4) for _, curve in
+                train_judges(sets, data.test, data.recipe, epochs, seeds, bf16=bf16)]
+    out = f"out/bench/{sampler}{steps}"
+    draw = (f"python sample.py --checkpoint out/bench/tuned/minimax.safetensors --sampler {sampler} "
+            f"--steps {steps} --seed S --out {out}-S")
+    sets = []
+    for seed in range(RUNS):
+        if sampler is None:
+            g = torch.Generator().manual_seed(1000 * seed + 500)
+            sets.append(SELECTORS["random"](data.train, 10, data.train.labels, g))
+        else:
+            type_in(draw.replace("S", str(seed)))
+            sets.append(read_distilled(f"{out}-{seed}/distilled", data))
+    ten, one = judged(sets), judged([first_of_each(found, 1) for found in sets])
+    near = [round(coverage(found.images, data, bf16), 4) for found in sets]
+    return {"data": data.name, "cut": data.cut, "train": "random" if sampler is None else "distilled",
+            "ipc": 10, "images": len(sets[0].labels), "judge": convnet.title(data.recipe.net), "runs": RUNS,
+            **over_runs("", ten), **over_runs("one_", one), **over_runs("coverage_", near), "steps": steps,
+            "device": "cpu bf16" if bf16 else "cpu",
+            "command": "python train_eval.py random --ipc 10" if sampler is None else
+                       f"{draw}; python train_eval.py {out}-S/distilled --runs 1 --seed S"}
+
+
+def over_runs(name, values):
+    """{name + "accuracy": values, mean, std}."""
+    return {f"{name}accuracy": values, f"{name}mean": round(statistics.mean(values), 4),
+            f"{name}std": round(statistics.stdev(values), 4)}
 
 
 def measure(data, bf16):
@@ -104,7 +165,12 @@ def measure(data, bf16):
     for name, flags in ABLATION.items():
         jobs["ablation", name, 10] = lambda flags=flags: generated_row(flags, 10, data, bf16)
     for steps in STEPS:
-        jobs["steps", str(steps), None] = lambda steps=steps: budget_row(steps, data, bf16)
+        jobs["steps", str(steps), None] = lambda steps=steps: budget_row(steps, BUDGET, data, bf16)
+    jobs["solvers", "real, at random", 0] = lambda: solver_row(None, 0, data, bf16)
+    for (name, sampler), steps in itertools.product(SOLVERS.items(), CALLS):
+        jobs["solvers", name, steps] = lambda s=sampler, steps=steps: solver_row(s, steps, data, bf16)
+    for steps in ("auto", *STEPS):
+        jobs["auto", str(steps), None] = lambda steps=steps: budget_row(steps, SHORT_BUDGET, data, bf16)
     found = {(row["table"], row["row"], row["asked"]) for row in read_rows()}
     if len(found) == len(jobs):
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
@@ -120,7 +186,8 @@ def measure(data, bf16):
 
 def machine():
     cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
-    return f"{cores} CPU cores, torch {version}, {time.strftime('%Y-%m-%d')}"
+    kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
+    return f"{cores} cores of {kind}, torch {version}, {time.strftime('%Y-%m-%d')}"
 
 
 def read_rows():
@@ -131,15 +198,22 @@ def read_rows():
 # 2. Tables and plot
 
 
-def spread(row):
-    return f"{row['mean']:.1f} ± {row['std']:.1f} ({row['runs']})"
+def spread(row, name="", digits=1):
+    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f} ({row['runs']})"
+
+
+def pilot(rows, row):
+    """What `--steps auto` saw of this row's steps, before it decided."""
+    seen = {found["steps"]: found["accuracy"] for other in rows for found in other.get("pilots", [])}
+    return "–" if row["row"] == "auto" else f"{seen[row['steps']]:.1f}"
 
 
 def tables(rows):
     """The README's generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
     def table(head, lines):
         return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
-    of = {name: [row for row in rows if row["table"] == name] for name in ("main", "ablation", "steps")}
+    of = {name: [row for row in rows if row["table"] == name]
+          for name in ("main", "ablation", "steps", "solvers", "auto")}
     tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"
     drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
     return {
@@ -152,7 +226,15 @@ def tables(rows):
         "steps": table("| steps | images a class | accuracy, % (n) | command |", [
             f"| {row['steps']} | {row['ipc']} | {spread(row)} | `{row['command'].split('; ')[0]}` |"
             for row in of["steps"]]),
+        "solvers": table("| sampler | steps | accuracy at 10 a class, % (n) | at 1 a class, % (n) | distance "
+                         "to the nearest (n) | command |", [
+            f"| {row['row']} | {row['steps'] or '–'} | {spread(row)} | {spread(row, 'one_')} | "
+            f"{spread(row, 'coverage_', 2)} | `{row['command'].split('; ')[0]}` |" for row in of["solvers"]]),
+        "auto": table("| steps | images a class | accuracy, % (n) | pilot's accuracy, % | command |", [
+            f"| {'auto: ' * (row['row'] == 'auto')}{row['steps']} | {row['ipc']} | {spread(row)} | "
+            f"{pilot(of['auto'], row)} | `{row['command'].split('; ')[0]}` |" for row in of["auto"]]),
         "machine": f"{rows[0]['machine'].replace(', ', '; ')}",
+        "second machine": f"{rows[-1]['machine'].replace(', ', '; ')}",
     }
 
 

@@ -20,9 +20,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from throughput import flops, seconds
 
 from data import RECIPES, add_flags, device_named, new_parser, one_sentence, to_uint8
-from diffusion import Denoised, DiT, Plan, Trainer, chosen_bf16, difffit_parameters
+from diffusion import SIZES, Denoised, DiT, Plan, Trainer, chosen_bf16, difffit_parameters
 from minimax import MinMax
-from sample import draw_images, guided, image_noise, timesteps
+from sample import guided, image_noise, sampler_of
 from vae import Autoencoder, Latents
 
 K = 10                                                          # classes
@@ -52,7 +52,7 @@ def sampling(args, recipe, device, autoencoder, product, bf16):
     for steps in args.steps:
         def draw(steps=steps):
             noise = image_noise(0, [("class", i) for i in range(B)], shape, device)
-            return to_uint8(decode(draw_images(predict, noise, timesteps(steps), "ddpm"))).cpu()
+            return to_uint8(decode(sampler_of("ddpm", steps, "uniform").draw(predict, noise))).cpu()
         spent = seconds(draw, device, rounds=3, least=0)
         rate = (steps * call + pictures) / spent
         found[f"{steps} steps"] = {"images_per_second": B / spent, "share": rate / product}
@@ -124,7 +124,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with one_sentence(parser):
         device, recipe = device_named(args.device), replace(RECIPES["imagenet"], network=args.network)
-        bf16 = chosen_bf16(args.bf16, device, args.network)
+        bf16 = chosen_bf16(args.bf16, device, SIZES[args.network][1])
         torch.manual_seed(0)
         width = 8192 if device.type == "cuda" else 2048
         kind = torch.bfloat16 if bf16 else torch.float32

@@ -85,7 +85,7 @@ def measure(device):
     losses = MinMax(recipe.lambda_r, recipe.lambda_d)
     plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, losses)
     for k in range(100):                                        # fills the memories
-        x0, y, t, eps = draw(train, plan.batch, k, 0, False, rows)
+        x0, y, t, eps = draw(train, plan.batch, k, 0, False, rows, plain.schedule)
         labels = train.labels[batch_index(len(train.labels), plan.batch, k, 0).to(device)].tolist()
         with torch.no_grad():
             full.extra(denoising_loss(model, plain.schedule, x0, y, t, eps), x0, labels)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import data as data_module
 import diffusion
+import uvit
 import vae
 
 
@@ -25,7 +26,7 @@ def shrink():
     """(where, name, value): a network and training lengths that take a blink."""
     recipes = data_module.RECIPES
     short = {"network": "mini", "steps": 6, "batch": 8, "tune_steps": 4, "tune_batch": 8}
-    return [(diffusion.SIZES, "mini", (2, 32, 2)),
+    return [(diffusion.SIZES, "mini", (2, 32, 2)), (uvit.SIZES, "mini", (2, 32, 2)),
             (recipes, "digits", dataclasses.replace(recipes["digits"], epochs=4, views=600, **short)),
             (recipes, "folder", dataclasses.replace(recipes["folder"], size=8, judge_size=8, patch=2,
                                                     epochs=2, views=200, **short)),

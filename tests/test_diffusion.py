@@ -252,7 +252,7 @@ def test_the_loss_of_a_perfect_guess_is_zero_and_hands_back_x0():
 def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
     train, rows, dropped, seen = load("digits").train, torch.arange(11), 0, []
     for step in range(100):
-        x0, y, t, eps = diffusion.draw(train, 50, step, 0, False, rows)
+        x0, y, t, eps = diffusion.draw(train, 50, step, 0, False, rows, Schedule())
         labels = train.labels[diffusion.batch_index(len(train.labels), 50, step, 0)]
         assert ((y == labels) | (y == 10)).all() and t.min() >= 0 and t.max() <= 999
         dropped += int((y == 10).sum())
@@ -264,9 +264,9 @@ def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
 
 def test_a_step_is_a_function_of_its_number():
     train, rows = load("digits").train, torch.arange(11)
-    one, two = (diffusion.draw(train, 8, 17, 3, True, rows) for _ in range(2))
+    one, two = (diffusion.draw(train, 8, 17, 3, True, rows, Schedule()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    other = diffusion.draw(train, 8, 18, 3, True, rows)
+    other = diffusion.draw(train, 8, 18, 3, True, rows, Schedule())
     assert not torch.equal(one[3], other[3])
 
 

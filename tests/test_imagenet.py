@@ -85,7 +85,7 @@ def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_avera
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
     torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {},
                 "args": argparse.Namespace(lr=1)}, tmp_path / "0050000.pt")
-    found, config = diffusion.read_published(tmp_path / "0050000.pt")
+    found, config = diffusion.read_published(tmp_path / "0050000.pt", diffusion.dit_config, "DiT")
     assert found.keys() == tensors.keys() and config == header["config"]
 
 

@@ -4,6 +4,7 @@ import math
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
@@ -11,30 +12,34 @@ from torchvision.datasets import ImageFolder
 import minimax
 import sample
 from data import UserError, read_set
-from diffusion import DiT, Schedule
-from sample import block, draw_images, image_noise, timesteps
+from diffusion import CLEAN, DiT, Schedule
+from sample import block, image_noise, sampler_of, timesteps
+from uvit import ContinuousSchedule
 
 MEAN, STD = 0.7, 0.3
 
 
-def exact(x, t):
+def exact(schedule):
     """The perfect denoiser of N(0.7, 0.3^2): E[eps | x_t] in closed form."""
-    abar = Schedule().abar[t].item()
-    return math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / (abar * STD**2 + 1 - abar), None
+    def predict(x, t):
+        abar = schedule.abar_at(t)
+        return math.sqrt(1 - abar) * (x - math.sqrt(abar) * MEAN) / (abar * STD**2 + 1 - abar), None
+    return predict
 
 
-def returned(times, **how):
+def returned(name, steps, grid=None, schedule=None, **how):
     """Mean and standard deviation of what a sampler returns with the perfect denoiser, without any draw.
 
     All steps are linear, so the deviation is the root of the summed squares of the answers to single noises.
     """
-    one_by_one = torch.eye(len(times) + 1, dtype=torch.float64)   # a noise a column; the last row has none
+    sampler = sampler_of(name, steps, grid, schedule, **how)
+    one_by_one = torch.eye(steps + 1, dtype=torch.float64)        # a noise a column; the last row has none
 
     def noise(k):
-        none = torch.zeros(len(times), dtype=torch.float64)
-        column = one_by_one[:len(times), k] if k < len(times) else none
+        none = torch.zeros(steps, dtype=torch.float64)
+        column = one_by_one[:steps, k] if k < steps else none
         return torch.cat([column, torch.zeros(1, dtype=torch.float64)]).view(-1, 1, 1, 1)
-    out = draw_images(exact, noise, times, **how).flatten()
+    out = sampler.draw(exact(sampler.schedule), noise).flatten()
     return out[-1].item(), (out[:-1] - out[-1]).norm().item()
 
 
@@ -43,21 +48,152 @@ def returned(times, **how):
                                        ("quadratic", (.193, .244, .272, .289))])
 def test_few_steps_lose_diversity_by_the_known_amounts(grid, row):
     for steps, std in zip((5, 10, 20, 50), row, strict=True):
-        mean, found = returned(timesteps(steps, grid))
+        mean, found = returned("ddim", steps, grid)
         assert found == pytest.approx(std, abs=6e-4) and mean == pytest.approx(MEAN, abs=2e-3)
 
 
+@pytest.mark.parametrize("grid, row", [("uniform", (.206, .370, .389)), ("quadratic", (.326, .338, .311)),
+                                       ("logsnr", (.230, .308, .304))])
+def test_dpm_solver_pp_keeps_more_of_it_on_the_right_grid(grid, row):
+    for steps, std in zip((5, 10, 20), row, strict=True):
+        assert returned("dpm++2m", steps, grid)[1] == pytest.approx(std, abs=6e-4)
+
+
+SCHEDULES = (Schedule(), ContinuousSchedule())
+
+
+def errors(name, counts, schedule):
+    """How far a solver ends from the Gaussian's exact flow, started from x = 1 at t = 999, for each count.
+
+    On the flow (x - alpha 0.7) / sqrt(alpha^2 0.3^2 + sigma^2) stays what it is. dpm++2m ends with x0_hat, the
+    singlestep solvers with x at the schedule's first time.
+    """
+    deviation = lambda level: math.sqrt(level.alpha**2 * STD**2 + level.sigma**2)
+    found = []
+    for steps in counts:
+        sampler = sampler_of(name, steps, "logsnr", schedule)
+        start, end = (schedule.level(sampler.times[k]) for k in (0, -1))
+        z = (1 - start.alpha * MEAN) / deviation(start)
+        flow = end.alpha * MEAN + deviation(end) * z
+        if name == "dpm++2m":
+            flow = (flow - end.sigma * exact(schedule)(flow, end.t)[0]) / end.alpha
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        found.append(abs(sampler.draw(exact(schedule), lambda k, one=one: one).item() - flow))
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name, order", [("dpm1", 1), ("dpm2", 2), ("dpm3", 3), ("dpm++2m", 2)])
+def test_a_solver_converges_at_its_order(name, order, schedule):
+    few, many = errors(name, (180, 360), schedule)
+    assert math.log2(few / many) == pytest.approx(order, abs=0.12)
+
+
+def test_order_one_is_ddim_without_noise():
+    x, eps = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    for schedule in SCHEDULES:
+        s, t = schedule.level(700), schedule.level(300)
+        x0_hat = (x - s.sigma * eps) / s.alpha
+        ddim = sample.ddim_step(x0_hat, eps, schedule.abar_at(700), schedule.abar_at(300))
+        assert torch.allclose(sample.dpm_solver_1(x, eps, s, t), ddim, atol=1e-12)
+        assert torch.allclose(sample.dpm_solver_pp_2m(x, x0_hat, None, s, t, None), ddim, atol=1e-12)
+        assert torch.allclose(sample.dpm_solver_pp_2m(x, x0_hat, 0 * x, s, CLEAN, 1.), x0_hat, atol=1e-12)
+    noise = torch.randn(1, 1, 1, 1, dtype=torch.float64)
+    dpm1, ddim = sampler_of("dpm1", 20), sampler_of("ddim", 21, "logsnr")
+    assert dpm1.times == ddim.times                                # DDIM goes on: from the last to the image
+    end, asked = dpm1.draw(exact(Schedule()), lambda k: noise), []
+
+    def watched(x, t):
+        asked.append(x)
+        return exact(Schedule())(x, t)
+    ddim.draw(watched, lambda k: noise)
+    assert torch.allclose(asked[-1], end, atol=1e-12)
+
+
+def test_the_fast_grid_is_u_vits():
+    """The published grid for 50 evaluations; its last lambda was a float32's, which moves it by up to 1e-4."""
+    published = [1, .93447, .86403, .78742, .7028, .60761, .49881, .37589, .25009, .14646, .07877, .04018,
+                 .01942, .00863, .00338, .00114, .00035, .0001]
+    sampler = sampler_of("dpm-fast", 50, schedule=ContinuousSchedule())
+    assert sampler.orders == [3] * 16 + [2]
+    assert [t / 999 for t in sampler.times] == pytest.approx(published, abs=1.2e-4)
+
+    class InFloat32(ContinuousSchedule):
+        def level(self, t):
+            exact = super().level(t)
+            abar = np.exp(np.float32(math.log(self.abar_at(t))))
+            return exact._replace(half_log_snr=float(0.5 * np.log(abar / (np.float32(1) - abar))))
+    times = sampler_of("dpm-fast", 50, schedule=InFloat32()).times
+    assert [t / 999 for t in times] == pytest.approx(published, abs=1e-5)
+
+
+def test_orders_add_up_to_the_steps():
+    for name, order in sample.ORDERS.items():
+        for steps in range(1, 60):
+            parts = sample.orders(name, steps)
+            assert sum(parts) == steps == len(sampler_of(name, steps).asked()) and max(parts) <= order
+    assert sample.orders("dpm-fast", 20) == [3] * 6 + [2] and sample.orders("dpm-fast", 10) == [3] * 3 + [1]
+    assert sample.orders("dpm-fast", 9) == [3, 3, 2, 1] and sample.orders("dpm3", 9) == [3, 3, 3]
+
+
+def test_both_schedules_agree_where_both_have_a_grid_point():
+    """DiT's betas are the SDE's, in 1,000 pieces: the t-th of the table is time (t + 1) / 1000."""
+    discrete, continuous = SCHEDULES
+    for t in range(20, 1000, 7):
+        there = continuous.level((t + 1) / 1000 * 999)
+        assert there.half_log_snr == pytest.approx(discrete.level(t).half_log_snr, abs=0.04)
+    for schedule in SCHEDULES:
+        for t in (999, 640, 33, 1):
+            assert schedule.time_at(schedule.level(t).half_log_snr) == pytest.approx(t, abs=1e-6)
+            assert schedule.abar_at(t) == pytest.approx(schedule.level(t).alpha**2, abs=1e-12)
+    for steps in (10, 20):
+        for name in ("ddim", "dpm++2m", "dpm-fast"):
+            one, two = (returned(name, steps, schedule=schedule)[1] for schedule in SCHEDULES)
+            assert one == pytest.approx(two, abs=2e-3)
+
+
+def test_a_grid_goes_where_its_schedule_ends():
+    continuous = ContinuousSchedule()
+    for grid in ("uniform", "quadratic", "logsnr"):
+        for steps, end in ((10, .999), (16, .0999)):
+            times = timesteps(steps, grid, continuous)
+            assert times[0] == 999 and times[-1] == pytest.approx(end) and times == sorted(times)[::-1]
+    assert timesteps(10, "logsnr")[0] == 999 and timesteps(10, "logsnr")[-1] == 0
+    steps = torch.tensor([Schedule().level(t).half_log_snr for t in timesteps(30, "logsnr")]).diff()
+    assert steps.std() < 1e-6 * steps.mean()
+    with pytest.raises(UserError, match="continuous: choose another --grid"):
+        timesteps(10, "stride", continuous)
+    with pytest.raises(UserError, match="does not end at the image"):
+        sampler_of("dpm3", 10, "trailing")
+
+
+@torch.no_grad()
+def test_guidance_outside_of_its_interval_is_not_computed():
+    model, seen = network(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    x, rows = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    predict = sample.guided(model, rows, 3, 3., interval=(200, 800))
+    sampler = sampler_of("ddim", 10, "uniform")
+    sampler.draw(predict, lambda k: x)
+    inside = [200 <= t <= 800 for t in sampler.times]
+    assert seen == [8 if within else 4 for within in inside] and sum(inside) == 6
+    assert [sample.calls_at(t, 3., (200, 800)) for t in sampler.asked()] == [1 + within for within in inside]
+    alone = sample.guided(model, rows, 3, 1.)
+    assert torch.equal(predict(x, 801)[0], alone(x, 801)[0])
+    assert torch.equal(predict(x, 200)[0], sample.guided(model, rows, 3, 3.)(x, 200)[0])
+
+
 def test_many_steps_give_the_gaussian_back():
-    for how in ({"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.}, {"sampler": "ddpm"}):
-        mean, std = returned(timesteps(1000), **how)
+    for name, how in (("ddim", {}), ("ddim", {"eta": 1.}), ("ddpm", {})):
+        mean, std = returned(name, 1000, "uniform", **how)
         assert mean == pytest.approx(MEAN, abs=2e-3) and std == pytest.approx(STD, abs=6e-3)
 
 
 def test_ddim_with_eta_one_and_all_steps_is_ddpm():
     noise = torch.randn(1001, 2, 1, 4, 4, dtype=torch.float64)
     crooked = lambda x, t: (torch.tanh(x) + 0.1 * x.roll(1, 3), None)  # any denoiser will do
-    ddim, ddpm = (draw_images(crooked, lambda k: noise[k], timesteps(1000), **how)
-                  for how in ({"sampler": "ddim", "eta": 1.}, {"sampler": "ddpm"}))
+    ddim, ddpm = (sampler_of(name, 1000, "uniform", eta=eta).draw(crooked, lambda k: noise[k])
+                  for name, eta in (("ddim", 1.), ("ddpm", 0.)))
     assert torch.allclose(ddim, ddpm, atol=1e-8)
 
 
@@ -67,13 +203,14 @@ def test_last_step_adds_no_noise():
     def noise(k):
         asked.append(k)
         return torch.full((1, 1, 1, 1), 1e9) if k == 5 else torch.randn(1, 1, 1, 1)
-    for how in ({"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.}):
+    for name, eta in (("ddpm", 0.), ("ddim", 1.)):
         asked.clear()
-        assert draw_images(exact, noise, timesteps(5), **how).abs() < 10
+        assert sampler_of(name, 5, "uniform", eta=eta).draw(exact(Schedule()), noise).abs() < 10
         assert asked == [0, 1, 2, 3, 4]                           # the start, then all steps but the last
-    asked.clear()
-    draw_images(exact, noise, timesteps(5))
-    assert asked == [0]                                           # DDIM itself is deterministic
+    for name in ("ddim", "dpm-fast", "dpm++2m"):
+        asked.clear()
+        sampler_of(name, 5).draw(exact(Schedule()), noise)
+        assert asked == [0]                                       # these are deterministic
 
 
 def test_the_learned_variance_lies_between_the_posteriors_and_beta():
@@ -136,7 +273,8 @@ def test_ddpm_on_a_grid_is_ddpm_with_the_grids_betas():
             log_variance = (v + 1) / 2 * torch.log(betas[k]) + (1 - v) / 2 * smallest
             mean = mean + torch.exp(0.5 * log_variance) * noise[7 - k]
         x = mean
-    assert torch.allclose(draw_images(crooked, lambda k: noise[k], times, "ddpm"), x, atol=1e-9)
+    drawn = sampler_of("ddpm", 7, "uniform").draw(crooked, lambda k: noise[k])
+    assert torch.allclose(drawn, x, atol=1e-9)
     assert asked[:7] == asked[7:] == times and times[0] == 999 and times[-1] == 0
 
 
@@ -276,6 +414,53 @@ def test_the_first_block_warms_up_and_is_forgotten(monkeypatch, tmp_path):
         sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)
 
 
+def test_auto_takes_the_steps_whose_pilot_makes_the_best_judge(tuned, capsys, monkeypatch, sentence):
+    monkeypatch.setattr(sample, "CANDIDATES", (1, 2, 3))
+    worth = iter([(50.0), (70.0), (60.0)])
+    judged = []
+
+    def judge(place, data, device, seed):
+        judged.append(read_set(place, 8, 1))
+        assert data.name == "digits-validation" and len(data.test.labels) == 252
+        return next(worth)
+    monkeypatch.setattr(sample, "pilot_accuracy", judge)
+    words = ["--steps", "auto", "--seconds", "1", "--batch", "10"]
+    sample.main(words)
+    said = capsys.readouterr().out
+    found = json.loads(pathlib.Path("out/digits/steps.json").read_text())
+    assert found["steps"] == 2 and "-> 2 steps" in said and "ddim, 2 steps" in said
+    assert [row["steps"] for row in found["rows"]] == [1, 2, 3]
+    for row, pilot in zip(found["rows"], judged, strict=True):
+        assert row["pilot"] == len(pilot.labels) and f"{row['steps']:5} | " in said
+        assert row["images"] == pytest.approx(10 / row["seconds_per_batch"], rel=0.01)
+    assert json.loads(pathlib.Path("out/digits/distilled.json").read_text())["settings"]["steps"] == 2
+    assert not pathlib.Path("out/digits/pilots").exists()
+    sample.main(words)                                             # asks no judge again
+    assert "has decided on 2 steps" in capsys.readouterr().out
+    assert "add --seconds or --minutes" in sentence(sample.main, "--steps", "auto")
+    said = sentence(sample.main, "--steps", "auto", "--seconds", "1e-9", "--batch", 3, "--out", "short")
+    assert "too short for one image of each class" in said
+
+
+def test_pilots_take_no_longer_than_the_budget_or_a_minute():
+    assert sample.pilot_share(2) == 1 and sample.pilot_share(600) == pytest.approx(1 / 7)
+    assert 7 * 10 * sample.pilot_share(10) == pytest.approx(60)
+
+
+def test_a_pilot_is_judged_on_training_images_held_back(tuned):
+    sample.main(["--ipc", "2", "--steps", "2"])
+    data = sample.load(validation=True)
+    found = sample.pilot_accuracy("out/digits/distilled", data, torch.device("cpu"), 0)
+    assert 0 <= found <= 100
+
+
+def test_the_evaluations_that_are_reported_are_those_made(tuned, capsys):
+    sample.main(["--ipc", "1", "--sampler", "dpm-fast", "--steps", "7", "--guidance-interval", "100", "500"])
+    times = sampler_of("dpm-fast", 7).asked()
+    calls = 7 + sum(100 <= t <= 500 for t in times)
+    assert f"{10 * calls} network evaluations ({calls} an image)" in capsys.readouterr().out
+
+
 def test_out_is_looked_into_first(tuned, capsys):
     minimax.main(["--steps", "2", "--out", "out/a b"])
     assert "--checkpoint 'out/a b/minimax.safetensors'" in capsys.readouterr().out
@@ -334,6 +519,10 @@ def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
                         (["--seconds", -1], "positive time"),
                         (["--batch", 0], "--batch must be"), (["--eta", 2], "between 0 and 1"),
                         (["--guidance", "nan"], "--guidance must be"),
+                        (["--guidance-interval", 5, 3], "LOW HIGH, 0 <= LOW <= HIGH <= 999"),
+                        (["--guidance-interval", 5, 30, "--guidance", 1], "nothing to limit"),
+                        (["--sampler", "dpm2", "--eta", ".5"], "--eta belongs to DDIM"),
+                        (["--sampler", "dpm2", "--grid", "stride"], "does not end at the image"),
                         (["--checkpoint", "no.safetensors"],
                          "there is no no.safetensors: python minimax.py makes one"),
                         (other_data, "of the data set digits")):
