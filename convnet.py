@@ -186,7 +186,7 @@ def as_one(judges):
 
     Judge k sees batch k. Of several judges the weights are stacked, (n, ...), and what each judge holds is
     from then on a view of them: who trains the stack trains the judges. Each layer is then one call for all
-    (a convolution has n groups), which costs a GPU that waits for its calls little more than one judge's.
+    (a convolution has n groups): n times fewer for a GPU, which small judges leave waiting between calls.
     Networks with buffers, such as batch norm's, cannot be stacked; those of JUDGES have none.
     """
     if len(judges) == 1:

@@ -72,7 +72,7 @@ class Schedule:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: t (B,) int64 -> two (B, 1, 1, 1)."""
         return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
 
-    def first(self, steps):
+    def end(self, steps):
         """The t nearest to the image that a sampler of so many steps goes to."""
         return 0
 
@@ -318,9 +318,10 @@ class Denoised(NamedTuple):
 def denoising_loss(model, schedule, x0, y, t, eps):
     """mean_{C,H,W} (eps - eps_hat)^2 per image (Ho et al. 2020, eq. 14), and the one-step guess at x0.
 
-    x0, eps (B, C, H, W); y (B,) label rows; t (B,) int64 in 0..999. x0_hat is neither clipped nor detached:
-    the min-max losses send their gradient through it. Where the model learns its variance, the variational
-    bound is added with weight 1, as DiT was trained; its gradient enters by the variance channels alone.
+    x0, eps (B, C, H, W); y (B,) label rows; t (B,) in [0, 999], as schedule.draw_times gives it. x0_hat is
+    neither clipped nor detached: the min-max losses send their gradient through it. Where the model learns
+    its variance, the variational bound is added with weight 1, as DiT was trained; its gradient enters by the
+    variance channels alone.
     """
     xt = schedule.q_sample(x0, t, eps)
     out = model(xt, t.float(), y)
@@ -560,7 +561,7 @@ class Plan(NamedTuple):
     steps: int
     batch: int
     lr: float                 # AdamW's
-    decay: bool               # True: warm-up, then half a cosine to zero; False: constant, as in Gu et al.
+    decay: bool               # True: warm-up, then half a cosine to zero; False: constant, after lr_warm
     ema: float
     seed: int
     flip: bool
@@ -573,7 +574,7 @@ class Plan(NamedTuple):
     bf16: bool = False
 
     def lr_at(self, step):
-        """A linear warm-up over the first twentieth where the rate decays, then the cosine."""
+        """Constant after lr_warm steps; or a warm-up over the first twentieth, then half a cosine."""
         if not self.decay:
             return self.lr * min(1.0, (step + 1) / max(1, self.lr_warm))
         warm = max(1, self.steps // 20)

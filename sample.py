@@ -2,9 +2,11 @@
 
     DDIM  x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma noise
     DDPM  x_prev = posterior mean of (x0_hat, x_t) + posterior deviation * noise
+    DPM   x_t = alpha_t/alpha_s x_s - sigma_t (e^h - 1) eps_hat, and two higher orders of it
 
     python sample.py --steps 10                  # 100 digits: 5 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
+    python sample.py --steps auto --seconds 10   # in as many steps as are best for that
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Writes
@@ -12,15 +14,19 @@ out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and
 depends on (checkpoint, autoencoder, sampler, steps, grid, eta, guidance, seed, class, index) alone, in
 float32 to one grey level; on the same device and with the same --batch to the byte, so that a stopped run
 goes on to the same files. --ipc 5 is the first half of --ipc 10.
-Sources: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Ho & Salimans 2022 (guidance).
+Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho & Salimans 2022 and Kynkaanniemi et al. 2024
+(guidance), Lu et al. 2022 (DPM-Solver), Lu et al. 2023 (DPM-Solver++), Lin et al. 2024 (the trailing grid).
 """
+import argparse
 import functools
 import hashlib
 import itertools
 import json
 import math
 import pathlib
+import platform
 import shutil
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,9 +40,10 @@ from tqdm import tqdm
 
 from data import (ImageFiles, UserError, add_flags, barrier, check_settings, class_list, command, data_name,
                   device_named, gains_from_bf16, load, load_tensors, many_processes, new_parser, one_sentence,
-                  open_image, own_recipe, rank, read_header, replacing, same_data, to_uint8, world, write_png)
-from diffusion import (CLEAN, Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of)
-from train_eval import evaluate
+                  open_image, own_recipe, rank, read_header, replacing, same_data, split, to_uint8, world,
+                  write_png)
+from diffusion import CLEAN, Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of
+from train_eval import count_epochs, read_distilled, train_judges
 from uvit import network_of, schedule_of, width_of
 from vae import decoder_of
 
@@ -49,17 +56,17 @@ GRIDS = ("uniform", "quadratic", "trailing", "stride", "logsnr")
 def timesteps(count, grid="uniform", schedule=None, steps=None):
     """`count` distinct times, falling from T - 1, where x_t is noise (stride alone starts lower).
 
-    uniform: equal steps down to the schedule's first time, 0 (DiT's respacing "S"). quadratic: equal in
+    uniform: equal steps down to the schedule's end, 0 (DiT's respacing "S"). quadratic: equal in
     sqrt(t), denser near the image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
     stride: whole strides from 0 up (DiT's respacing "ddimS"; 0 to 900 for 10). logsnr: equal in
     log(alpha / sigma), where solvers are at home (Lu et al. 2022). On DiT's schedule (the default) the first
     four take whole times, as in its training; logsnr stops between them, too.
     steps: network calls of the whole sampler (default: count), which decide where a continuous schedule ends.
-    Raises UserError where count is outside 1..T, where no stride makes just as many, or has no meaning. One
-    time is T - 1.
+    Raises UserError where count is outside 1..T, or where no stride makes just as many, or the schedule has
+    no strides. A count of one gives T - 1.
     """
     schedule, T = schedule or Schedule(), Schedule.T
-    first, whole = schedule.first(steps or count), schedule.name == "linear"
+    end, whole = schedule.end(steps or count), schedule.name == "linear"
     near = round if whole else float
     if not 1 <= count <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {count}")
@@ -75,18 +82,18 @@ def timesteps(count, grid="uniform", schedule=None, steps=None):
         return list(range(0, T, fits[0]))[::-1]
     part = [k / (count - 1) for k in range(count)]              # 0 to 1: from the image to noise
     if grid == "logsnr":
-        low, high = (schedule.level(t).half_log_snr for t in (T - 1, first))
-        inner = [schedule.time_at(high + p * (low - high)) for p in part[1:-1]]
-        return [T - 1, *inner[::-1], first]                     # the ends themselves, not their inverses
+        noisy, clean = (schedule.level(t).half_log_snr for t in (T - 1, end))
+        inner = [schedule.time_at(clean + p * (noisy - clean)) for p in part[1:-1]]
+        return [T - 1, *inner[::-1], end]                       # the ends themselves, not their inverses
     if grid == "uniform":
-        times = [near(first + k * (T - 1 - first) / (count - 1)) for k in range(count)]
+        times = [near(end + k * (T - 1 - end) / (count - 1)) for k in range(count)]
     elif grid == "quadratic":
-        low, high = math.sqrt(first), math.sqrt(T - 1)
-        times = [first, *(near((low + p * (high - low))**2) for p in part[1:-1]), T - 1]
+        roots = [math.sqrt(end) + p * (math.sqrt(T - 1) - math.sqrt(end)) for p in part]
+        times = [end, *(near(root**2) for root in roots[1:-1]), T - 1]
         for k in range(1, count if whole else 0):               # where they crowd near 0, one t apart
             times[k] = max(times[k], times[k - 1] + 1)
     else:
-        times = [near((k + 1) * T / count) - 1 for k in range(count)]
+        times = [max(end, near((k + 1) * T / count) - 1) for k in range(count)]
     return times[::-1]
 
 
@@ -123,9 +130,10 @@ def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
 #
 #   x_t = alpha_t/alpha_s x_s - alpha_t (integral over lambda from s to t of e^-lambda eps_hat)
 #
-# s, t: diffusion.Level, of falling time; h = lambda_t - lambda_s > 0. A solver of order n follows eps_hat
-# along the step through n network calls, up to the n-th derivative in lambda (Lu et al. 2022, prop. 3.1).
-# eps: (x, Level) -> eps_hat (B, C, H, W). between: share of h -> the Level there.
+# is exact (Lu et al. 2022, prop. 3.1). A solver of order n expands eps_hat in lambda up to its (n-1)-th
+# derivative, and errs by O(h^(n+1)) in a step. Singlestep solvers find the derivatives by n network calls
+# within the step and forget them; 2M, a multistep one, makes one call and remembers the call before.
+# s, t: diffusion.Level, of falling time; h = lambda_t - lambda_s > 0. eps: (x, Level) -> (B, C, H, W).
 
 
 def dpm_solver_1(x, eps_hat, s, t):
@@ -134,21 +142,30 @@ def dpm_solver_1(x, eps_hat, s, t):
     return t.alpha / s.alpha * x - t.sigma * math.expm1(h) * eps_hat
 
 
-def dpm_solver_2(x, eps, s, t, between):
-    """The first order's step, with the noise of its own midpoint (alg. 4 with r1 = 1/2)."""
-    u = between(1 / 2)
+def between(schedule, s, t, share):
+    """The Level at a share of the way from s to t, in lambda."""
+    return schedule.level(schedule.time_at((1 - share) * s.half_log_snr + share * t.half_log_snr))
+
+
+def dpm_solver_2(x, eps, s, t, schedule):
+    """Order 1 with the noise of its own midpoint u (alg. 4 with r1 = 1/2).
+
+    x_u = dpm_solver_1(s to u)        x_t = alpha_t/alpha_s x - sigma_t (e^h - 1) eps(x_u, u)
+    """
+    u = between(schedule, s, t, 1 / 2)
     middle = dpm_solver_1(x, eps(x, s), s, u)
     return dpm_solver_1(x, eps(middle, u), s, t)
 
 
-def dpm_solver_3(x, eps, s, t, between):
+def dpm_solver_3(x, eps, s, t, schedule):
     """Through u at a third and v at two thirds of h (alg. 5 with r1 = 1/3, r2 = 2/3).
 
-    x_v = order 1 - 2 sigma_v ((e^{2h/3} - 1) / (2h/3) - 1) (eps_u - eps_s)
-    x_t = order 1 - 3/2 sigma_t ((e^h - 1) / h - 1) (eps_v - eps_s)
+    x_u = dpm_solver_1(s to u)
+    x_v = dpm_solver_1(s to v) - 2 sigma_v ((e^{2h/3} - 1) / (2h/3) - 1) (eps_u - eps_s)
+    x_t = dpm_solver_1(s to t) - 3/2 sigma_t ((e^h - 1) / h - 1) (eps_v - eps_s)
     """
-    h, u, v = t.half_log_snr - s.half_log_snr, between(1 / 3), between(2 / 3)
-    eps_s = eps(x, s)
+    u, v = (between(schedule, s, t, share) for share in (1 / 3, 2 / 3))
+    h, eps_s = t.half_log_snr - s.half_log_snr, eps(x, s)
     eps_u = eps(dpm_solver_1(x, eps_s, s, u), u)
     two = 2 * h / 3
     x_v = dpm_solver_1(x, eps_s, s, v) - 2 * v.sigma * (math.expm1(two) / two - 1) * (eps_u - eps_s)
@@ -208,15 +225,15 @@ SAMPLERS = {                   # what --sampler takes, and its own grid
 ORDERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "dpm-fast": 3}
 
 
-def orders(sampler, steps):
+def orders(name, steps):
     """Orders of a singlestep solver's steps, which make `steps` network calls between them.
 
     As many of the solver's own as fit, then one of what is left; "dpm-fast" (U-ViT's sampler) ends with order
     2 and 1 where nothing would be left, so that its last steps are always easier.
     """
-    order = ORDERS[sampler]
+    order = ORDERS[name]
     whole, left = divmod(steps, order)
-    if sampler == "dpm-fast" and left == 0:
+    if name == "dpm-fast" and left == 0:
         return [3] * (whole - 1) + [2, 1]
     return [order] * whole + [left] * (left > 0)
 
@@ -236,7 +253,7 @@ class Sampler(NamedTuple):
         predict: (x, t) -> (eps, variance logits or None). noise: k -> (B, C, H, W) standard normal, the start
         for k = 0 and the noise of step k after that; asked only for what the sampler uses.
         """
-        loop = draw_singlestep if self.orders else draw_2m if self.name == "dpm++2m" else draw_stochastic
+        loop = draw_singlestep if self.orders else draw_2m if self.name == "dpm++2m" else draw_ddim_ddpm
         return loop(self, predict, noise)
 
     def asked(self):
@@ -261,12 +278,13 @@ def sampler_of(name, steps, grid=None, schedule=None, eta=0.0):
     if grid in ("trailing", "stride"):
         raise UserError(f"--sampler {name} ends where its grid does, and --grid {grid} does not end at the "
                         "image: choose logsnr, quadratic or uniform")
-    timesteps(steps, grid, schedule)                            # or refuses the number
+    if not 1 <= steps < Schedule.T:                             # they need a time more than steps of order 1
+        raise UserError(f"--steps must be between 1 and {Schedule.T - 1} with --sampler {name}, not {steps}")
     parts = orders(name, steps)
     return Sampler(name, schedule, timesteps(len(parts) + 1, grid, schedule, steps), parts, eta)
 
 
-def draw_stochastic(sampler, predict, noise):
+def draw_ddim_ddpm(sampler, predict, noise):
     """DDPM and DDIM: a call at every time of the grid, the last step to the image itself."""
     abar = [*map(sampler.schedule.abar_at, sampler.times), 1.0]
     noisy, x = sampler.name == "ddpm" or sampler.eta > 0, noise(0)
@@ -296,21 +314,18 @@ def draw_2m(sampler, predict, noise):
 def draw_singlestep(sampler, predict, noise):
     """DPM-Solver: a step between every two times of the grid. Its result is x at the last, not x0_hat.
 
-    That is nearly the image, and what U-ViT's authors take: a standard deviation of 0.003 or, on DiT's
-    schedule, 0.01 of noise is left (in units of half the grey scale).
+    That is nearly the image, and what U-ViT's authors take: noise of a standard deviation of 0.01 is left, or
+    0.003 on the continuous schedule in more than 15 steps (in units of half the grey scale).
     """
     def eps(x, level):
         return predict(x, level.t)[0]
-
-    def between(share):
-        return schedule.level(schedule.time_at((1 - share) * s.half_log_snr + share * t.half_log_snr))
     schedule, x = sampler.schedule, noise(0)
     levels = itertools.pairwise(map(schedule.level, sampler.times))
     for order, (s, t) in zip(sampler.orders, levels, strict=True):
         if order == 1:
             x = dpm_solver_1(x, eps(x, s), s, t)
         else:
-            x = (dpm_solver_2 if order == 2 else dpm_solver_3)(x, eps, s, t, between)
+            x = (dpm_solver_2 if order == 2 else dpm_solver_3)(x, eps, s, t, schedule)
     return x
 
 
@@ -429,6 +444,10 @@ class NpzFile:
 # 6. A distilled set, to a number of images or to the end of a budget
 
 
+class TooShort(UserError):
+    """A budget that holds no image of some class."""
+
+
 def distil(draw, store, record, total, budget, batch, save):
     """Draws block after block into `store` until `total` images exist or the next block would pass `budget`.
 
@@ -437,7 +456,7 @@ def distil(draw, store, record, total, budget, batch, save):
     Of many processes each draws one block of every wave, and all of them stop after the same wave. The first
     that is drawn takes longer, for it warms up: it is forgotten once there is a second.
     Returns the (label, index) of the images of all complete rounds; no others are kept. Raises UserError
-    where the budget holds no round, or was spent before.
+    where the budget holds no round (TooShort), or was spent before.
     """
     if record["seconds"] > budget:
         raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
@@ -463,7 +482,7 @@ def distil(draw, store, record, total, budget, batch, save):
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
     if done < K or wave == 1 and of_all(record["seconds"] > budget):
-        raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class: the "
+        raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
                         f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
     kept = block(0, done // K * K, K)
@@ -497,8 +516,10 @@ def contact_sheet(images, columns, path):
 # what is best depends on the machine, the data and the budget. So each count gets a share of the budget, and
 # short judges say what the images are worth.
 
-CANDIDATES = (5, 10, 15, 20, 25, 30, 50)                        # Fan et al.'s, Table 3
-PILOT_SECONDS = 60             # all pilots together take as long as the budget, or this where that is shorter
+# A pilot is smaller than the set where the budget is long, which favours fewer steps a little.
+
+CANDIDATES = (5, 10, 15, 20, 25, 30, 50)                        # Fan et al.'s, Table 3, and 50
+PILOT_SECONDS = 60             # all pilots together may take the budget again, or this where that is shorter
 PILOT_VIEWS, PILOT_JUDGES = 100_000, 2                          # images a pilot's judge sees at most; judges
 
 
@@ -507,46 +528,60 @@ def pilot_share(budget):
     return min(1.0, max(budget, PILOT_SECONDS) / (len(CANDIDATES) * budget))
 
 
-def pilot_accuracy(place, data, device, seed):
-    """What the images at `place` are worth: percent of data.test, which is held-back training data.
+def judge_of_pilots(args, recipe, device):
+    """place -> what the images there are worth: percent of a fifth of the training images, told right.
 
-    The mean of PILOT_JUDGES judges of the recipe's shortened protocol, a quarter as long.
+    The generator learned from that fifth, but no judge sees it, and the test split stays unseen; under
+    --validation it is a fifth of what is left. The mean of PILOT_JUDGES judges of the shortened protocol, a
+    quarter as long, or of PILOT_VIEWS images.
     """
+    data = load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
+    held = split(data.train, .2)[1] if args.validation else data.test
     recipe = replace(data.recipe, protocol="short", views=min(data.recipe.views // 4, PILOT_VIEWS))
-    test = data.test._replace(size=recipe.judge_size) if isinstance(data.test, ImageFiles) else data.test
-    data = data._replace(recipe=recipe, test=test.read().to(device))
-    return evaluate(str(place), data, ipc=None, runs=PILOT_JUDGES, seed=seed,
-                    bf16=gains_from_bf16(device))["mean"]
+    if isinstance(held, ImageFiles):
+        held = held._replace(size=recipe.judge_size)
+    data = data._replace(recipe=recipe, test=held.read(args.skip_broken).to(device))
+    seeds, bf16 = [1000 * args.seed + run for run in range(PILOT_JUDGES)], gains_from_bf16(device)
+
+    def judge(place):
+        train = read_distilled(place, data).to(device)
+        epochs = count_epochs(recipe, len(train.labels), len(train.classes))
+        judges = train_judges([train] * PILOT_JUDGES, data.test, recipe, epochs, seeds, bf16=bf16)
+        return statistics.mean(curve[-1] for _, curve in judges)
+    return judge
 
 
 def decide(drawn_in, judge, out, classes, settings, budget, typed):
     """The candidate whose pilot made the best judges; the table of the decision goes to out/steps.json.
 
-    drawn_in: steps -> (what draws a block, ...). judge: place of a pilot -> accuracy. settings: of the run,
-    with steps "auto"; the same ones find their decision made. The time this takes is not the budget's.
+    drawn_in: steps -> what draws a block. judge: () -> (place of a pilot -> accuracy), asked for on the first
+    process. settings: of the run and the machine, with the budget and steps "auto"; the same ones find their
+    decision made. The time this takes is not the budget's.
     Raises UserError where the budget is too short for one image of each class at any count.
     """
     path, share = out / "steps.json", pilot_share(budget)
-    wanted = {**settings, "budget": budget}
     found = of_first(lambda: json.loads(path.read_text()) if path.is_file() else {})
-    if found.get("settings") == wanted:
+    if found.get("settings") == settings:
         print(f"{path} has decided on {found['steps']} steps (same settings)")
         return found["steps"]
+    if (out / "distilled.json").is_file():
+        raise UserError(f"{out} holds a set already, and no {path.name} says that its steps are the best for "
+                        "this: choose --out ELSEWHERE, or --overwrite")
     print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
-          "for each pilot, tested on held-back training images")
+          "for each pilot, tested on a fifth of the training images")
     print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
-    store, rows, error = PngFolder(out / "pilots", classes), [], None
-    drawn_in(CANDIDATES[0])[0](block(0, settings["batch"], len(classes)))   # warms up
+    store, rows = PngFolder(out / ".pilots", classes), []
+    drawn_in(CANDIDATES[0])(block(0, settings["batch"], len(classes)))      # warms up
     for steps in CANDIDATES:
         of_first(store.remove)
         record = {"classes": classes, "seconds": 0.0}
         try:
-            items = distil(drawn_in(steps)[0], store, record, math.inf, share * budget, settings["batch"],
+            items = distil(drawn_in(steps), store, record, math.inf, share * budget, settings["batch"],
                            lambda record: None)
-        except UserError as short:
-            error = short
+        except TooShort:
+            print(f"{steps:5} | {share * budget:.3g} s are too short for an image of each class")
             continue
-        images, accuracy = len(items), of_first(lambda: judge(store.path))
+        images, accuracy = len(items), of_first(lambda: judge()(store.path))
         row = {"steps": steps, "seconds_per_batch": record["seconds"] * settings["batch"] / images,
                "images": int(images / record["seconds"] * budget), "pilot": images, "accuracy": accuracy}
         rows.append(row)
@@ -554,13 +589,14 @@ def decide(drawn_in, judge, out, classes, settings, budget, typed):
               f"{row['images'] // len(classes):7} | {images:14} | {accuracy:.2f}")
     of_first(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
     if not rows:
-        raise error
+        raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class, even in "
+                        f"{CANDIDATES[0]} steps; a pilot gets {share:.0%} of it: raise it, or lower --batch")
     best = max(rows, key=lambda row: row["accuracy"])["steps"]
     print(f"-> {best} steps; this table is in {path}")
     if rank() == 0:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"settings": wanted, "share": share, "rows": rows, "steps": best,
-                                             "command": typed}, indent=1) + "\n")
+            temporary.write_text(json.dumps({"settings": settings, "share": share, "rows": rows,
+                                             "steps": best, "command": typed}, indent=1) + "\n")
     return best
 
 
@@ -569,7 +605,13 @@ def decide(drawn_in, judge, out, classes, settings, budget, typed):
 
 
 def number_or_auto(text):
-    return text if text == "auto" else int(text)
+    """What --steps takes. Raises argparse.ArgumentTypeError."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number or auto, not {text}") from error
 
 
 def checked(args):
@@ -602,7 +644,7 @@ def checked(args):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    add_flags(parser, "data root validation out seed device overwrite bf16 compile")
+    add_flags(parser, "data root validation out seed device skip-broken overwrite bf16 compile")
     parser.add_argument("--vae", default="mse", metavar="ema|mse|FILE",
                         help="what decodes latents: one of stabilityai's autoencoders, fetched once, or a "
                              "file (default: %(default)s, as Gu et al., who encode with ema)")
@@ -613,7 +655,8 @@ def main(argv=None):
                         help="each is a network call, two with guidance; auto tries several and takes what "
                              "is best for the budget (default: %(default)s)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim",
-                        help="dpm-fast is U-ViT's, at 50 steps (default: %(default)s)")
+                        help="dpm1 to dpm3: DPM-Solver of that order; dpm-fast: U-ViT's, at 50 steps; "
+                             "dpm++2m: DPM-Solver++ (default: %(default)s)")
     parser.add_argument("--grid", choices=GRIDS,
                         help="where in t the steps lie (default: quadratic; of DPM-Solvers logsnr)")
     parser.add_argument("--eta", type=float, default=0.0,
@@ -658,10 +701,22 @@ def open_record(path, fresh, stores, overwrite):
         return found
     if not overwrite:
         check_settings(found.get("settings", {}), fresh["settings"], path)
-    path.unlink()
+    remove_set(path, stores)
+    return fresh
+
+
+def remove_set(path, stores):
+    """Removes a set and the record at `path` that says what it is."""
+    path.unlink(missing_ok=True)
     for store in stores:
         store.remove()
-    return fresh
+
+
+def named(device):
+    """A device and what kind it is: a decision made on one is not another's."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def checkpoints(place, folders, redo):
@@ -784,7 +839,7 @@ def run(args, typed):
     out = args.out or home
     source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}")
     model, header, phases = opened(source, name, device)
-    schedule = schedule_of(header["schedule"], source, device)
+    schedule = schedule_of(header["schedule"], home, device)
     guide = guidance_of(args, header)
     bf16 = chosen_bf16(args.bf16, device, width_of(header["config"]))
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
@@ -797,17 +852,21 @@ def run(args, typed):
                 "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"], "bf16": bf16,
                 "autoencoder": autoencoder, "seed": args.seed, "batch": args.batch, "npz": args.npz}
 
-    def drawn_in(steps):
-        """(what draws a block in so many steps, its Sampler)"""
-        sampler = sampler_of(args.sampler, steps, grid, schedule, args.eta)
-        return artist(model, header, phases, decode, sampler, guide, args.seed), sampler
-    if args.steps == "auto":
-        data = load(args.data, args.root, header["recipe"], validation=True)
-        judge = functools.partial(pilot_accuracy, data=data, device=device, seed=args.seed)
-        settings["steps"] = decide(drawn_in, judge, out, classes, settings, budget, typed)
-    draw, sampler = drawn_in(settings["steps"])
+    def sampler_in(steps):
+        return sampler_of(args.sampler, steps, grid, schedule, args.eta)
+
+    def drawn_by(sampler):
+        return artist(model, header, phases, decode, sampler, guide, args.seed)
     folder, file, record_path = PngFolder(out, classes), NpzFile(out, classes), out / "distilled.json"
     store = file if args.npz else folder
+    if args.steps == "auto":
+        if args.overwrite:
+            of_first(lambda: remove_set(record_path, (folder, file)))
+        here = {"budget": budget, "device": named(device), "processes": world(), "compile": args.compile}
+        judge = functools.cache(lambda: judge_of_pilots(args, header["recipe"], device))
+        settings["steps"] = decide(lambda steps: drawn_by(sampler_in(steps)), judge, out, classes,
+                                   {**settings, **here}, budget, typed)
+    sampler = sampler_in(settings["steps"])                     # or refuses, before anything is looked at
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
              "command": typed}
     record = of_first(lambda: open_record(record_path, fresh, (folder, file), args.overwrite))
@@ -831,7 +890,7 @@ def run(args, typed):
         record["seconds"] = 0.0
     record.update(command=typed, ipc=0, budget=0.0)             # unfinished, until the end
     save(record)
-    items = distil(draw, store, record, ipc * len(classes), budget, args.batch, save)
+    items = distil(drawn_by(sampler), store, record, ipc * len(classes), budget, args.batch, save)
     record.update(ipc=len(items) // len(classes), budget=0.0 if math.isinf(budget) else budget)
     save(record)
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in sampler.asked())

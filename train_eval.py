@@ -1,20 +1,24 @@
-"""Trains a judge on a small training set, tests it on the real images: what a distilled set is worth.
+"""Trains judges on a small training set, tests them on the real images: what a distilled set is worth.
 
-    python train_eval.py                            # four rows of judges: under 4 minutes on two CPU cores
+    python train_eval.py                            # four rows of judges: NNN on two CPU cores
     python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
-    python train_eval.py --data imagewoof --root DIR --net resnet18     # Gu et al.'s protocol and judges
+    python train_eval.py --pda 4                    # with four augmented copies of each distilled image
+    python train_eval.py --data cifar100            # by the challenge's evaluator; its time is not measured
+    python train_eval.py --data imagewoof --root DIR --net resnet18     # by Gu et al.'s; not measured either
 
-The judge sees the training set alone, under one of two protocols, both with SGD 0.01, momentum 0.9, weight
-decay 5e-4. "challenge": ConvNetD3-W128, batches of 256, a tenth of the rate and a fresh optimizer after half
-of the epochs, one random family of augmentations per batch. "gu", for ImageNet's subsets: ResNetAP-10 or
-another net at 224 pixels, batches of 64, a fifth of the rate after two thirds and again after five sixths,
-crops, mirrors, colours and CutMix on every batch; its time is not measured. The number to quote is the LAST
-epoch's accuracy on the real test split, mean +- sample standard deviation over n runs (a new judge each, and
-a new draw for "random" and "kmeans"). The best of ten epochs (gu: of a hundred), evenly spread, stands beside
-it because others report a best one.
-Prints a table; appends each row to out/digits/results.jsonl.
+A judge sees the training set alone, under one of three protocols, all with SGD 0.01, momentum 0.9, weight
+decay 5e-4. "challenge", to the letter: ConvNetD3-W128 in float32, 1,001 epochs, batches of 256, a tenth of
+the rate and a fresh optimizer after half of the epochs, one of six families of augmentations per batch,
+three judges. "short", for digits and folders: the same with fewer epochs and the recipe's families, five
+judges. "gu", for ImageNet's subsets: ResNetAP-10 or another net at 224 pixels, batches of 64, a fifth of the
+rate after two thirds and again after five sixths, crops, mirrors, colours and CutMix on every batch.
+The number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation
+over n judges (a new draw for each of "random" and "kmeans"). The best of ten epochs (gu: of a hundred),
+evenly spread, stands beside it because others report a best one. Below the table: what a set loses to all
+real images, and gains over as many random ones (section 4).
+Appends each row to out/digits/results.jsonl.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
-Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix).
+Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation).
 """
 import functools
 import json
@@ -211,12 +215,11 @@ def cutmix(x, g):
 def post_augment(images, recipe, g):
     """An augmented copy of each image (Su et al. 2024): (N, C, H, W) uint8 -> uint8. g: on the CPU.
 
-    Mirrored with chance .8; brightness moved and contrast scaled by up to .2, with .5; turned by up to 60
-    degrees, with .8; to a power in [.8, 1.2], with .5 (albumentations' defaults). Where the recipe forbids
-    mirroring, what is seen depends on how it stands: such images are never mirrored, and turned by up to 15
-    degrees. Su et al. also turned .8 of their images upside down, which is left out: no test image stands so.
-    The corners that turning uncovers are filled by reflection, as theirs were: black ones would be a mark
-    that no test image bears.
+    Mirrored with chance .8; contrast and brightness changed by up to .2, with .5; turned by up to 60 degrees,
+    with .8; taken to a power in [.8, 1.2], with .5 (albumentations' defaults). Where recipe.flip is false
+    nothing is mirrored, and turned by 15 degrees at most: a 6 that is turned far is a 9. Su et al. also flip
+    .8 of the images upside down, which is left out: no test image stands on its head. The corners that
+    turning uncovers are filled by reflection, as theirs are: black ones would be a mark of the copies alone.
     """
     u = torch.rand(8, len(images), 1, 1, 1, generator=g).to(images.device)  # (8, N, 1, 1, 1)
     x = images.float() / 255
@@ -360,6 +363,16 @@ class Pupil(NamedTuple):
     host: torch.Generator
 
 
+def new_pupil(train, recipe, seed):
+    """An untrained recipe.net for `train`, an ImageSet of the judge's size, and the seed's random numbers."""
+    device = train.images.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(train.classes)).to(device)
+    g = torch.Generator(device).manual_seed(seed)
+    return Pupil(judge, train, g, g if device.type == "cpu" else torch.Generator().manual_seed(seed))
+
+
 def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
     """Trains the pupils in lockstep, as one network: the sum of their losses leaves their gradients apart.
 
@@ -402,10 +415,6 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
             for pupil, curve in zip(pupils, accuracies, strict=True):
                 judge = pupil.judge.eval()
                 curve.append(accuracy(functools.partial(predict, judge), test.images, test.labels, recipe))
-    if not sys.stderr.isatty():
-        for pupil, curve in zip(pupils, accuracies, strict=True):
-            print(f"a judge of {len(pupil.train.labels)} images | {curve[-1]:.2f} %", file=sys.stderr,
-                  flush=True)
     return accuracies
 
 
@@ -430,32 +439,31 @@ def in_threads(work, jobs):
         torch.set_num_threads(threads)                          # a part of it is for the whole process
 
 
-def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False):
+def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False, name=""):
     """Fresh judges recipe.net, one for each seed, trained on its set of `trains` and tested on `test`.
 
     trains: ImageSets, `test` too, all on one device. Returns [(judge, accuracies)]: percent on `test`, at
     `looks` epochs evenly spread (default: the protocol's); the last is the last epoch's. The same seed gives
-    the same weights, batches and augmentations whoever trains beside; on a CPU also the same bits, as long
-    as as many threads work for it. Raises UserError where a loss is not finite.
+    the same weights, batches and augmentations whoever trains beside; on a CPU also the same bits, if as many
+    threads work for it. name: what a pipe, which sees no progress bar, is told of as judges are done.
+    Raises UserError where a loss is not finite.
 
-    On a CPU they train at once, a thread each: small batches keep one core busier than two. On a GPU, which
-    one small judge keeps waiting for calls, they train in lockstep; larger pictures keep it busy anyway.
+    On a CPU they train at once, a thread each: a small batch keeps two cores less busy than two batches do.
+    On a GPU those of small pictures, between whose calls it waits, train in lockstep, if all sets are of one
+    size (not measured); others one by one.
     """
     device, size = test.images.device, recipe.judge_size
     # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB. What judges share is held once.
     sized = {id(part): part._replace(images=at_size(part.images, size)) for part in (*trains, test)}
-    pupils = []
-    for train, seed in zip(trains, seeds, strict=True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            judge = convnet.judge(recipe.net, size, recipe.colours, len(train.classes)).to(device)
-        g = torch.Generator(device).manual_seed(seed)
-        host = g if device.type == "cpu" else torch.Generator().manual_seed(seed)
-        pupils.append(Pupil(judge, sized[id(train)], g, host))
+    pupils = [new_pupil(sized[id(train)], recipe, seed) for train, seed in zip(trains, seeds, strict=True)]
 
     def work(group, stop):
-        return teach(group, sized[id(test)], recipe, epochs, looks or PROTOCOLS[recipe.protocol].looks, bf16,
-                     compiled, stop)
+        curves = teach(group, sized[id(test)], recipe, epochs, looks or PROTOCOLS[recipe.protocol].looks,
+                       bf16, compiled, stop)
+        if name and not sys.stderr.isatty() and not stop.is_set():
+            for curve in curves:
+                print(f"{name} | a judge of {len(trains)} | {curve[-1]:.2f} %", file=sys.stderr, flush=True)
+        return curves
     equal = len({len(train.labels) for train in trains}) == 1
     if device.type != "cpu" and recipe.net in convnet.JUDGES and size <= 64 and equal:
         curves = work(pupils, threading.Event())
@@ -472,7 +480,7 @@ def train_judge(train, test, recipe, epochs, seed, **how):
 
 
 def compiles(recipe, classes, device):
-    """Whether torch.compile works here, tried on a judge of so many classes; where it does not, says why."""
+    """Whether torch.compile works here, tried on a judge of that recipe; says why where it does not."""
     judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes).to(device)
     try:
         with torch.no_grad():
@@ -566,7 +574,10 @@ def read_distilled(path, data, skip_broken=False):
 
 
 def first_of_each(whole, ipc, name="the real set"):
-    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one."""
+    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one.
+
+    Raises UserError where a class has fewer.
+    """
     return whole.pick(torch.cat([members(whole, c, ipc, name)[:ipc] for c in range(len(whole.classes))]))
 
 
@@ -607,11 +618,12 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     for run in range(runs if redrawn else 1):                   # a folder is read once, random draws anew
         g = torch.Generator().manual_seed(1000 * seed + 500 + run)          # not the judge's stream
         train = training_set(source, data, ipc, features, g, skip_broken, found)
-        trains.append(with_copies(train, pda, recipe, g))
+        trains.append(with_copies(train, pda, recipe, g) if pda else train)
     images, classes = len(trains[0].labels), len(train.classes)
     count = epochs or count_epochs(recipe, images, classes)
     judged = train_judges(trains if redrawn else trains * runs, data.test, recipe, count,
-                          [1000 * seed + run for run in range(runs)], bf16=bf16, compiled=compiled)
+                          [1000 * seed + run for run in range(runs)], bf16=bf16, compiled=compiled,
+                          name=source)
     last = [round(curve[-1], 4) for _, curve in judged]
     return {"data": data.name, "cut": data.cut, "train": source,
             "ipc": len(train.labels) // classes, "pda": pda, "images": images,
@@ -655,9 +667,9 @@ def hlr_ior(own, full, random):
 
 
 def score_rows(rows):
-    """HLR and IOR of each row that has a full and an equally large random one beside it.
+    """HLR and IOR of each of the rows, if among them are a full one and a random one of its size.
 
-    Rows for results.jsonl too, which "kind": "scores" tells from the judges'.
+    Returns rows for results.jsonl too, which "kind": "scores" tells from the judges'.
     """
     plain = {row["train"]: row for row in rows if not row["pda"]}
     full, random = plain.get("full"), plain.get("random")
@@ -682,8 +694,8 @@ def challenge_score(rows):
     means = {}
     for row in rows:
         exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
-                 and row["protocol"] == "challenge" and row["epochs"] == challenge_epochs(None, 0, 0)
-                 and row["runs"] >= 3 and "bf16" not in row["device"])
+                 and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
+                 and "bf16" not in row["device"])
         if exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
             means[row["data"]] = row["mean"]
     return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
@@ -751,7 +763,7 @@ def plan_rows(args, data, home):
                 if not os.path.exists(part):
                     raise UserError(f"there is no {part}: a SOURCE is a folder, an .npz, distilled, full or "
                                     f"one of {', '.join(SELECTORS)}")
-                found[part] = read_distilled(part, data, args.skip_broken)
+                found[part] = found.get(part) or read_distilled(part, data, args.skip_broken)
                 ipc = ipc or int(found[part].labels.bincount().min())
                 first_of_each(found[part], ipc, part)
         rows.append(("+".join(parts), args.pda))
@@ -812,8 +824,9 @@ def run(args, typed):
         keep(row)
         print(f"{row['train']} | HLR {row['hlr']:.3f} | IOR {row['ior']:.3f}")
     if data.name in CHALLENGE and recipe.protocol == "challenge":
-        places = [*map(home.with_name, CHALLENGE), home]        # this run's rows are the last
-        score = challenge_score([row for place in places for row in read_rows(place / "results.jsonl")])
+        twins = [pathlib.Path(*(name if part == data.name else part for part in log.parts))
+                 for name in CHALLENGE]                         # out/cifar100/X and out/tiny-imagenet/X
+        score = challenge_score([row for twin in twins for row in read_rows(twin)])
         if score is not None:
             print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")
 

@@ -3,14 +3,14 @@
     abar(t) = exp(-(0.1 t + 9.95 t^2)), t in [0, 1]        noise grows continuously, not in 1,000 steps
     x = skip_linear([x, what the mirrored block gave])     long skips join the early blocks to the late ones
 
-    python uvit.py             # the digits' other base model, 1.2M parameters: not measured
+    python uvit.py             # the digits' other base model, 1.1M parameters: not measured
     python uvit.py --data cifar100 --weights cifar10_uvit_small.pth     # goes on from published weights
 
 Writes out/digits/uvit/base.safetensors; minimax.py and sample.py take it as they take DiT's. Section 4 builds
-either of the two from what a checkpoint says. Trained like DiT (diffusion.py, section 7), on a GPU with
-U-ViT's own settings (section 3); those of Li et al. 2024, who won the first dataset distillation challenge
-with it, are not known beyond AdamW and a weight decay of 0.03.
-Sources: Bao et al. 2023 (U-ViT), Song et al. 2021 (VP-SDE), Li et al. 2024.
+either of the two from what a checkpoint says. Trained like DiT (diffusion.py, section 7), on CIFAR and
+Tiny-ImageNet with U-ViT's own settings (section 3), elsewhere with the recipe's. Those of Li et al. 2024, who
+won the first dataset distillation challenge with it, are not known beyond AdamW and a weight decay of 0.03.
+Sources: Bao et al. 2023 (U-ViT), Y. Song et al. 2021 (VP-SDE), Li et al. 2024.
 """
 import functools
 import math
@@ -24,17 +24,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import diffusion
-from data import (UserError, add_flags, command, device_named, fingerprint, imagenet_classes, load,
-                  many_processes, new_parser, one_sentence, same_data)
+from data import (UserError, add_flags, barrier, command, data_print, device_named, fingerprint,
+                  imagenet_classes, load, many_processes, new_parser, one_sentence, rank, same_data)
 from diffusion import (DIFFFIT_BLOCKS, MLP_RATIO, Attention, DiT, Plan, Schedule, chosen_bf16, finished,
-                       new_header, read_published, save_checkpoint, scaled, sincos, teach)
+                       new_header, read_published, rebuild, save_checkpoint, scaled, sincos, teach)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The continuous schedule
 
 
 class ContinuousSchedule(Schedule):
-    """The VP-SDE with beta(t) = 0.1 + 19.9 t (Song et al. 2021, app. C), t in [0, 1]; no table.
+    """The VP-SDE with beta(t) = 0.1 + 19.9 t (Y. Song et al. 2021, app. C), t in [0, 1]; no table.
 
     Everywhere outside this class t runs over [0, 999], as for DiT: it is what the network is told.
     """
@@ -54,8 +54,11 @@ class ContinuousSchedule(Schedule):
         log_abar = -(0.1 * t + 9.95 * t**2)
         return torch.exp(0.5 * log_abar), torch.sqrt(-torch.expm1(log_abar))
 
-    def first(self, steps):
-        """The t nearest to the image that a sampler goes to; at 0 itself log(alpha / sigma) is infinite."""
+    def end(self, steps):
+        """The t nearest to the image that a sampler of so many steps goes to: DPM-Solver's authors' advice.
+
+        At 0 itself log(alpha / sigma) is infinite.
+        """
         return self.LAST * (1e-3 if steps <= 15 else 1e-4)
 
     def abar_at(self, t):
@@ -156,11 +159,12 @@ class UViT(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 # 3. Published weights, and how U-ViT was trained
 
-# Bao et al. 2023's configurations for CIFAR-10 and for ImageNet at 64 pixels; of other data the recipe's.
+# Bao et al. 2023's settings for CIFAR-10, taken for CIFAR-100 too, and for ImageNet at 64 pixels, taken for
+# Tiny-ImageNet. Other data: the recipe's.
 CIFAR = {"steps": 500_000, "batch": 128, "lr": 2e-4, "lr_warm": 2500, "beta1": .99, "beta2": .999,
-         "ema": .9999, "decay": False}
+         "ema": .9999, "warm": False, "decay": False}
 IMAGENET64 = {"steps": 300_000, "batch": 1024, "lr": 3e-4, "lr_warm": 5000, "beta1": .99, "beta2": .99,
-              "ema": .9999, "decay": False}
+              "ema": .9999, "warm": False, "decay": False}
 PLANS = {"cifar10": ("S", CIFAR), "cifar100": ("S", CIFAR), "tiny-imagenet": ("M", IMAGENET64)}
 LIKE_DIT = {"B": "M", "XL": "L"}                                # sizes that go by other names here
 
@@ -216,21 +220,26 @@ def rows_in(table, classes):
     return [known.get(name) for name in classes]
 
 
-def import_weights(data, tensors, config, path, out, settings, overwrite, typed):
+def import_weights(data, tensors, config, path, out, overwrite, typed):
     """Writes published weights, as they are, as the base model of data.train's classes, which they know.
 
-    tensors, config: what read_published gave. Without a row for "no class" (the header's -1) there is
-    no guidance. Raises UserError where a class has no row.
+    tensors, config: what read_published(path) gave. Without a row for "no class" (the header's -1) there is
+    no guidance. Raises UserError where a class has no row, or a tensor does not fit.
     """
+    settings = {"weights": fingerprint(tensors), "data": data_print(data.train)}
     rows = rows_in(tensors.get("label_emb.weight"), data.train.classes)
     if None in rows:
         raise UserError(f"{path} does not know the class {data.train.classes[rows.index(None)]}: train on "
                         "from it, with --steps 1 or more")
     if finished(out, settings, overwrite):
         return
+    rebuild(config, tensors, path, network_of)                  # only to refuse what does not fit
     header = {**new_header(data, config, settings, typed, ContinuousSchedule()),
               "rows": [*rows, -1], "guidance": 1.0}
-    save_checkpoint(out, tensors, {**header, "step": 0})
+    barrier()                                                   # all have looked before one writes
+    if rank() == 0:
+        save_checkpoint(out, tensors, {**header, "step": 0})
+    barrier()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -265,9 +274,12 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier; 0 takes "
-                                                  "--weights as they are (default: U-ViT's own)")
+                                                  "--weights as they are (default: U-ViT's own on CIFAR "
+                                                  "and Tiny-ImageNet, else the recipe's)")
     parser.add_argument("--weights", type=pathlib.Path, metavar="FILE",
                         help="start from a published .pth: cifar10_uvit_small, imagenet64_uvit_mid")
+    parser.add_argument("--recompute", action="store_true",
+                        help="less memory, more work: blocks are worked out again on the way back")
     args = parser.parse_args(argv)
     with one_sentence(parser), many_processes():
         data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
@@ -293,19 +305,19 @@ def train(args, data, path, typed):
         if other:
             raise UserError(f"{args.weights} is of another size than the recipe {recipe.name} "
                             f"({', '.join(other)})")
-    more = {"weights": fingerprint(tensors)} if tensors else {}
     if plan.steps == 0:
-        import_weights(data, tensors, theirs, args.weights, path, more, args.overwrite, typed)
+        import_weights(data, tensors, theirs, args.weights, path, args.overwrite, typed)
         return
 
     def start():
         model = network_of(**config)
         if tensors is not None:
             start_from(model, tensors, classes, args.weights)
+        model.recompute = args.recompute
         return model
     teach(data, path, config, plan, start, ContinuousSchedule(), device=device, vae=args.vae,
           compiled=args.compile, skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed,
-          more=more)
+          more={"weights": fingerprint(tensors)} if tensors else {})
 
 
 if __name__ == "__main__":

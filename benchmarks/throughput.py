@@ -22,7 +22,7 @@ from data import device_named, load, new_parser, one_sentence
 from diffusion import DiT, Plan, Trainer, batch_index, denoising_loss, draw
 from minimax import MinMax
 from sample import guided
-from train_eval import dsa, normalise
+from train_eval import dsa, normalise, train_judge, train_judges
 
 
 def seconds(work, device, rounds=7, least=0.3):
@@ -104,6 +104,7 @@ def measure(device):
           f"{100 * done / call / product:.0f} % of the matrix product")
 
     judge, g = ConvNet(recipe.judge_size, 1, 10).to(device), torch.Generator(device).manual_seed(0)
+    host = torch.Generator()
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     batch = normalise(train.images[:256], recipe)
 
@@ -112,10 +113,17 @@ def measure(device):
         F.cross_entropy(judge(x), train.labels[:256]).backward()
         optimizer.step()
     bare = seconds(lambda: learn(batch), device)
-    augment = seconds(lambda: dsa(batch, recipe.augment.split("_"), g), device)
+    augment = seconds(lambda: dsa(batch, recipe.augment.split("_"), g, host), device)
     whole = bare + augment
     print(f"judge's step, batch 256 | {whole * 1e3:.1f} ms | {256 / whole:.0f} images/s | "
           f"augmentation {100 * augment / whole:.1f} % of it")
+
+    few = train.pick(torch.arange(100, device=device))
+    apart = seconds(lambda: [train_judge(few, few, recipe, 20, seed, looks=1) for seed in range(5)], device,
+                    rounds=3)
+    at_once = seconds(lambda: train_judges([few] * 5, few, recipe, 20, range(5), looks=1), device, rounds=3)
+    print(f"5 judges, 20 epochs of 100 images | {at_once:.2f} s side by side | {apart:.2f} s one by one | "
+          f"{apart / at_once:.1f} times as fast")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The judges have the published parameters, and compute what is published."""
+import copy
 import functools
 import math
 
@@ -118,6 +119,31 @@ def test_every_judge_learns_and_embeds(net, size, channels):
     last = network.net.get_classifier() if net.startswith("timm:") else network.classifier
     assert network.embed(x).ndim == 2
     assert torch.allclose(last(network.embed(x)), network(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("net", ["convnet3", "resnetap10", "resnet18"])
+def test_judges_as_one_network_compute_and_learn_what_each_does_alone(net):
+    """In float64, where only a mistake is large."""
+    apart = [judge(net, 16, 1, 4).double() for _ in range(3)]
+    stacked = [copy.deepcopy(single) for single in apart]
+    batches = [torch.randn(2, 1, 16, 16, dtype=torch.float64) for _ in apart]
+    weights, network = convnet.as_one(stacked)
+    logits, alone = network(batches), [single(x) for single, x in zip(apart, batches, strict=True)]
+    assert logits.shape == (3, 2, 4) and torch.allclose(logits, torch.stack(alone), rtol=1e-9, atol=1e-9)
+    for out, parameters in ((logits, weights), (alone, [p for single in apart for p in single.parameters()])):
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        sum(one.square().mean() for one in out).backward()
+        optimizer.step()
+    for one, single in zip(stacked, apart, strict=True):          # the stacked judges have learned along
+        assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-9)
+                   for p, q in zip(one.parameters(), single.parameters(), strict=True))
+
+
+def test_one_judge_as_one_network_is_itself():
+    single, x = judge("convnet3", 16, 1, 4), torch.randn(2, 1, 16, 16)
+    weights, network = convnet.as_one([single])
+    assert all(p is q for p, q in zip(weights, single.parameters(), strict=True))
+    assert torch.equal(network([x]), single(x).unsqueeze(0))
 
 
 def test_a_net_that_is_not_there_or_cannot_take_the_size_is_refused():

@@ -15,13 +15,14 @@ import memory
 import minimax
 import sample
 import train_eval
+import uvit
 import vae
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 README = (ROOT / "README.md").read_text()
 MAINS = {module.__name__: module
-         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval, vae)}
+         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval, uvit, vae)}
 
 
 def commands():
@@ -75,7 +76,7 @@ def test_links_lead_somewhere():
 
 
 def test_a_file_imports_only_files_above_it():
-    order = ["data", "memory", "convnet", "vae", "diffusion", "train_eval", "minimax", "sample"]
+    order = ["data", "memory", "convnet", "vae", "diffusion", "uvit", "train_eval", "minimax", "sample"]
     for k, name in enumerate(order):
         text = (ROOT / f"{name}.py").read_text()
         assert set(re.findall(r"^from (\w+) import", text, re.M)) & set(order) <= set(order[:k])

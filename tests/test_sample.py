@@ -1,4 +1,5 @@
 """Samplers against a Gaussian's exact answer; sets that are nested, balanced and the same after a stop."""
+import argparse
 import json
 import math
 import pathlib
@@ -65,8 +66,8 @@ SCHEDULES = (Schedule(), ContinuousSchedule())
 def errors(name, counts, schedule):
     """How far a solver ends from the Gaussian's exact flow, started from x = 1 at t = 999, for each count.
 
-    On the flow (x - alpha 0.7) / sqrt(alpha^2 0.3^2 + sigma^2) stays what it is. dpm++2m ends with x0_hat, the
-    singlestep solvers with x at the schedule's first time.
+    On the flow (x - alpha 0.7) / sqrt(alpha^2 0.3^2 + sigma^2) stays what it is. dpm++2m ends with x0_hat,
+    the singlestep solvers with x at the schedule's end.
     """
     deviation = lambda level: math.sqrt(level.alpha**2 * STD**2 + level.sigma**2)
     found = []
@@ -111,7 +112,7 @@ def test_order_one_is_ddim_without_noise():
 
 
 def test_the_fast_grid_is_u_vits():
-    """The published grid for 50 evaluations; its last lambda was a float32's, which moves it by up to 1e-4."""
+    """The published grid for 50 evaluations; its last lambda was a float32's, which moves it by 1e-4."""
     published = [1, .93447, .86403, .78742, .7028, .60761, .49881, .37589, .25009, .14646, .07877, .04018,
                  .01942, .00863, .00338, .00114, .00035, .0001]
     sampler = sampler_of("dpm-fast", 50, schedule=ContinuousSchedule())
@@ -416,14 +417,12 @@ def test_the_first_block_warms_up_and_is_forgotten(monkeypatch, tmp_path):
 
 def test_auto_takes_the_steps_whose_pilot_makes_the_best_judge(tuned, capsys, monkeypatch, sentence):
     monkeypatch.setattr(sample, "CANDIDATES", (1, 2, 3))
-    worth = iter([(50.0), (70.0), (60.0)])
-    judged = []
+    worth, judged = iter([50.0, 70.0, 60.0]), []
 
-    def judge(place, data, device, seed):
+    def judge(place):
         judged.append(read_set(place, 8, 1))
-        assert data.name == "digits-validation" and len(data.test.labels) == 252
         return next(worth)
-    monkeypatch.setattr(sample, "pilot_accuracy", judge)
+    monkeypatch.setattr(sample, "judge_of_pilots", lambda args, recipe, device: judge)
     words = ["--steps", "auto", "--seconds", "1", "--batch", "10"]
     sample.main(words)
     said = capsys.readouterr().out
@@ -434,9 +433,11 @@ def test_auto_takes_the_steps_whose_pilot_makes_the_best_judge(tuned, capsys, mo
         assert row["pilot"] == len(pilot.labels) and f"{row['steps']:5} | " in said
         assert row["images"] == pytest.approx(10 / row["seconds_per_batch"], rel=0.01)
     assert json.loads(pathlib.Path("out/digits/distilled.json").read_text())["settings"]["steps"] == 2
-    assert not pathlib.Path("out/digits/pilots").exists()
+    assert not pathlib.Path("out/digits/.pilots").exists()
     sample.main(words)                                             # asks no judge again
     assert "has decided on 2 steps" in capsys.readouterr().out
+    said = sentence(sample.main, "--steps", "auto", "--seconds", "2", "--batch", "10")
+    assert "holds a set already, and no steps.json says" in said   # refused before it takes time
     assert "add --seconds or --minutes" in sentence(sample.main, "--steps", "auto")
     said = sentence(sample.main, "--steps", "auto", "--seconds", "1e-9", "--batch", 3, "--out", "short")
     assert "too short for one image of each class" in said
@@ -447,11 +448,24 @@ def test_pilots_take_no_longer_than_the_budget_or_a_minute():
     assert 7 * 10 * sample.pilot_share(10) == pytest.approx(60)
 
 
-def test_a_pilot_is_judged_on_training_images_held_back(tuned):
+def test_a_pilot_is_judged_on_training_images_held_back(tuned, monkeypatch):
     sample.main(["--ipc", "2", "--steps", "2"])
-    data = sample.load(validation=True)
-    found = sample.pilot_accuracy("out/digits/distilled", data, torch.device("cpu"), 0)
-    assert 0 <= found <= 100
+    seen, train_judges = [], sample.train_judges
+
+    def watched(trains, test, *rest, **how):
+        seen.append(test)
+        return train_judges(trains, test, *rest, **how)
+    monkeypatch.setattr(sample, "train_judges", watched)
+    for validation in (False, True):
+        args = argparse.Namespace(data="digits", root=None, skip_broken=False, validation=validation, seed=0)
+        worth = sample.judge_of_pilots(args, "digits", torch.device("cpu"))
+        assert 0 <= worth("out/digits/distilled") <= 100
+    train, held = sample.load().train.images, sample.load(validation=True)
+    whole = {image.numpy().tobytes() for image in train}
+    rest = {image.numpy().tobytes() for image in held.train.images}
+    assert torch.equal(seen[0].images, held.test.images) and len(seen[0].labels) == 252
+    assert all(image.numpy().tobytes() in whole for image in seen[0].images)
+    assert all(image.numpy().tobytes() in rest for image in seen[1].images)
 
 
 def test_the_evaluations_that_are_reported_are_those_made(tuned, capsys):

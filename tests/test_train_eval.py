@@ -3,11 +3,15 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
@@ -16,10 +20,11 @@ import minimax
 import sample
 import train_eval
 from data import load
-from train_eval import count_epochs, evaluate, train_judge
+from train_eval import count_epochs, evaluate, train_judge, train_judges
 
 plain = dataclasses.replace(data.RECIPES["digits"], augment="crop")
 gu = dataclasses.replace(plain, protocol="gu")
+challenge = dataclasses.replace(plain, protocol="challenge")
 
 
 def generator(seed=0):
@@ -54,6 +59,213 @@ def test_the_rate_falls_with_a_fresh_optimizer_after_half(monkeypatch):
     train_judge(ten, ten, plain, epochs=6, seed=0)
     assert [how["lr"] for how in made] == [0.01, pytest.approx(0.001)]
     assert all(how["momentum"] == 0.9 and how["weight_decay"] == 5e-4 for how in made)
+
+
+def test_the_challenge_trains_1001_epochs_and_forgets_its_momentum_after_the_502nd(monkeypatch):
+    sizes, rates, _, made = spy(monkeypatch)
+    ten = load("digits").train.pick(torch.arange(10))
+    epochs = count_epochs(dataclasses.replace(challenge, epochs=3, views=5), 10**6, 10)     # not the recipe's
+    stepped, real = [], torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *p, **how: stepped.append(len(sizes)) or real(*p, **how))
+    train_judge(ten, ten, challenge, epochs, 0)
+    assert epochs == len(sizes) == 1001 and rates == [0.01] * 502 + [0.001] * 499
+    assert stepped == [0, 502]                                    # an optimizer without a past each time
+    assert all(how.defaults["momentum"] == 0.9 and how.defaults["weight_decay"] == 5e-4 for how in made)
+
+
+def test_the_challenge_draws_all_six_families_whatever_the_recipe_names(monkeypatch):
+    seen, images = set(), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    for name in list(train_eval.FAMILIES):
+        monkeypatch.setitem(train_eval.FAMILIES, name, lambda x, g, name=name: seen.add(name) or x)
+    for recipe, families in ((plain, {"crop"}), (challenge, set(train_eval.FAMILIES))):
+        for seed in range(100):
+            train_eval.PROTOCOLS[recipe.protocol].augment(images, None, recipe, None, generator(seed))
+        assert seen == families
+    assert len(seen) == 6
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def three_sets():
+    train = load("digits").train
+    return [train.pick(torch.arange(k, k + 70)) for k in (0, 70, 140)]
+
+
+def largest_gap(judges, others):
+    return max(float((p - q).detach().abs().max()) for a, b in zip(judges, others, strict=True)
+               for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("recipe", [data.RECIPES["digits"], gu], ids=["short", "gu"])
+def test_judges_in_lockstep_are_those_trained_apart(recipe):
+    few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]
+    pupils = [train_eval.new_pupil(part, recipe, seed) for seed, part in enumerate(few)]
+    curves = train_eval.teach(pupils, few[0], recipe, 4, 2, False, False, threading.Event())
+    apart = [train_judge(part, few[0], recipe, 4, seed, looks=2) for seed, part in enumerate(few)]
+    assert largest_gap([pupil.judge for pupil in pupils], [judge for judge, _ in apart]) < 1e-5
+    assert curves == [curve for _, curve in apart] and len(curves[0]) == 2
+    assert largest_gap([apart[0][0]], [apart[1][0]]) > 1e-2
+
+
+def test_judges_in_threads_are_those_trained_apart_to_the_bit(two_threads):
+    """Trained apart on one thread, that is; two of them add up in another order, and the last bits differ."""
+    trains = three_sets()
+    each = lambda: [train_judge(part, trains[0], plain, 2, seed) for seed, part in enumerate(trains)]
+    at_once, on_two = train_judges(trains, trains[0], plain, 2, range(3)), each()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    apart = each()
+    judges = [[judge for judge, _ in some] for some in (at_once, apart, on_two)]
+    assert largest_gap(judges[0], judges[1]) == 0 and largest_gap(judges[0], judges[2]) < 1e-5
+    assert [curve for _, curve in at_once] == [curve for _, curve in apart]
+
+
+def test_ctrl_c_stops_all_judges_soon(two_threads):
+    main = threading.main_thread().ident
+    threading.Timer(1.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    trains, began = three_sets(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_judges(trains, trains[0], plain, 10_000, [0, 1, 2])
+    assert time.monotonic() - began < 10 and torch.get_num_threads() == 2
+
+
+def test_nothing_compiles_and_the_judges_train_all_the_same(monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("No working C++ compiler found\nand a page of advice")
+    monkeypatch.setattr(torch, "compile", fail)
+    alone(monkeypatch)
+    train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
+    sentence = "--compile does nothing here, as torch.compile fails: No working C++ compiler found\n"
+    assert capsys.readouterr().out.count(sentence) == 1
+    assert [row["runs"] for row in read_results()[0]] == [2]
+
+
+def alone(monkeypatch):
+    """No row of real images beside the named ones: the full set would take seconds."""
+    monkeypatch.setitem(train_eval.PROTOCOLS, "short", train_eval.PROTOCOLS["short"]._replace(beside=()))
+
+
+def test_what_compiles_is_trained(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    alone(monkeypatch)
+    train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
+    assert len(compiled) == 1 + 2                                 # a trial and two judges
+
+
+def test_a_protocol_says_how_many_judges_a_row_has_and_of_how_many_bits(monkeypatch):
+    """The challenge's judges work in float32 unless told otherwise."""
+    monkeypatch.setattr(train_eval, "gains_from_bf16", lambda _: True)
+    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    for more in ([], ["--protocol", "challenge"], ["--protocol", "challenge", "--bf16", "--epochs", "2"]):
+        train_eval.main(["random", "--ipc", "1", *more])
+    rows = read_results()[0]
+    assert [row["train"] for row in rows] == ["random", "kmeans", "full"] * 3
+    assert [(row["protocol"], len(row["accuracy"]), row["epochs"], row["device"]) for row in rows[::3]] == \
+        [("short", 5, 4, "cpu bf16"), ("challenge", 3, 1001, "cpu"), ("challenge", 3, 2, "cpu bf16")]
+    assert train_eval.PROTOCOLS["gu"].runs == 3
+
+
+def test_hlr_and_ior_are_fractions():
+    assert train_eval.hlr_ior(own=95.5, full=98.9, random=95.7) == (0.034, -0.002)
+    found = (("made", 10, 60., 4), ("random", 10, 52., 4), ("random", 10, 50., 0),
+             ("made+random", 20, 70., 0), ("full", 125, 90., 0))
+    rows = [{"data": "digits", "cut": "all", "protocol": "short", "train": name, "ipc": ipc, "mean": mean,
+             "pda": pda} for name, ipc, mean, pda in found]
+    assert [(row["train"], row["hlr"], row["ior"]) for row in train_eval.score_rows(rows)] == \
+        [("made", 0.3, 0.1), ("random", 0.38, 0.02)]              # the sum has no random one of its size
+    assert train_eval.score_rows(rows[:2]) == train_eval.score_rows(rows[:4]) == []
+
+
+def challenge_row(**other):
+    return {"data": "cifar100", "train": "out/cifar100/distilled", "protocol": "challenge", "epochs": 1001,
+            "judge": "ConvNetD3-W128", "size": 32, "runs": 3, "mean": 14.7, "device": "cuda:0", **other}
+
+
+def test_the_challenges_score_is_the_mean_over_its_data_sets_and_of_exact_rows_alone():
+    tiny = challenge_row(data="tiny-imagenet", size=64, mean=6.5)
+    assert train_eval.challenge_score([challenge_row(), tiny]) == pytest.approx(10.6)
+    assert train_eval.challenge_score([challenge_row(mean=1.), tiny, challenge_row()]) == pytest.approx(10.6)
+    for wrong in ({"epochs": 1000}, {"protocol": "short"}, {"runs": 2}, {"train": "random"}, {"size": 64},
+                  {"train": "made+full"}, {"data": "cifar100-validation"}, {"device": "cuda:0 bf16"},
+                  {"judge": "ResNet-18"}, {"data": "cifar10"}):
+        assert train_eval.challenge_score([challenge_row(**wrong), tiny]) is None
+    scores = {"kind": "scores", "data": "cifar100", "train": "out/cifar100/distilled", "hlr": 0.1, "ior": 0.1}
+    assert train_eval.challenge_score([scores, challenge_row(), tiny]) == pytest.approx(10.6)
+
+
+@pytest.mark.parametrize("name, home, score", [
+    ("cifar100", "out/cifar100", "mean over cifar100 and tiny-imagenet: 28.3\n"),
+    ("cifar100", "out/cifar100/other", "mean over cifar100 and tiny-imagenet: 28.3\n"),
+    ("cifar100-validation", "out/cifar100-validation", None)])
+def test_the_score_is_printed_once_both_data_sets_have_their_row(name, home, score, monkeypatch, tmp_path,
+                                                                 capsys):
+    """A stand-in for CIFAR-100: digits in colour, and judges that are right half of the time."""
+    whole, recipe = load("digits", recipe="cifar100"), data.RECIPES["cifar100"]
+    monkeypatch.setattr(train_eval, "load", lambda *_: whole._replace(name=name, recipe=recipe))
+    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    for c in range(10):
+        data.write_png(tmp_path / "made" / str(c) / "0.png", whole.train.images[whole.train.labels == c][0])
+    twin = tmp_path / home.replace(name, "tiny-imagenet") / "results.jsonl"
+    train_eval.main(["made", "--out", home])
+    assert "challenge score" not in capsys.readouterr().out
+    twin.parent.mkdir(parents=True)
+    twin.write_text(json.dumps(challenge_row(data="tiny-imagenet", size=64, mean=6.6)) + "\n")
+    train_eval.main(["made", "--out", home])
+    said = capsys.readouterr().out
+    assert f"challenge score, {score}" in said if score else "challenge score" not in said
+
+
+def test_a_distilled_folder_is_read_once(monkeypatch, tmp_path):
+    train, seen, real = load("digits").train, [], train_eval.read_set
+    for c in range(10):
+        data.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
+    monkeypatch.setattr(train_eval, "read_set", lambda path, *how: seen.append(str(path)) or real(path, *how))
+    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    train_eval.main(["one", "one+random"])
+    assert seen == ["one"]
+
+
+def test_copies_follow_the_images_and_keep_their_labels():
+    train = load("digits").train.pick(torch.arange(50))
+    more = train_eval.with_copies(train, 3, plain, generator())
+    assert more.images.shape == (200, 1, 8, 8) and more.images.dtype == torch.uint8
+    assert torch.equal(more.labels, train.labels.repeat(4)) and torch.equal(more.images[:50], train.images)
+    again, other = (train_eval.with_copies(train, 3, plain, generator(seed)) for seed in (0, 1))
+    assert torch.equal(more.images, again.images) and not torch.equal(more.images, other.images)
+    copies = more.images[50:].view(3, 50, 1, 8, 8).float()
+    assert (copies[0] != copies[1]).any() and (copies - train.images.float()).abs().mean() < 40
+
+
+def test_post_augmentation_has_its_ranges_and_mirrors_only_where_the_recipe_does():
+    axis = torch.linspace(40, 215, 65)
+    ramp = axis.expand(3000, 1, 65, 65).round().to(torch.uint8)   # brighter to the right
+    for name, limit, share in (("digits", 15, 0), ("folder", 60, 0.8)):
+        out = train_eval.post_augment(ramp, data.RECIPES[name], generator()).float()[:, 0]
+        right, down = out[:, 32, 36] - out[:, 32, 28], out[:, 36, 32] - out[:, 28, 32]
+        angle = torch.atan2(down, right.abs()).rad2deg()
+        assert abs(float((right < 0).float().mean()) - share) < 0.03
+        assert limit - 1.5 < angle.abs().max() < limit + 3        # of whole grey levels
+        assert 0.18 < (angle == 0).float().mean() < 0.32          # a fifth is not turned, and some hardly
+        level, slope = out[:, 32, 32], torch.hypot(right, down) / (axis[36] - axis[28])
+        assert 0.2 < ((level == 128) & (slope > 0.95) & (slope < 1.05)).float().mean() < 0.3
+        lowest, highest = (255 * (128 / 255 * (1 - k) - k) for k in (0.2, -0.2))
+        assert 255 * (lowest / 255) ** 1.2 - 2 < level.min() < 50 and 190 < level.max() < highest + 15
+
+
+def test_pda_adds_copies_to_the_named_sources_alone(monkeypatch):
+    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    train_eval.main(["random", "--ipc", "2", "--pda", "3"])
+    rows, scores = read_results()
+    assert [(row["train"], row["pda"], row["ipc"], row["images"]) for row in rows] == [
+        ("random", 3, 2, 80), ("random", 0, 2, 20), ("kmeans", 0, 2, 20), ("full", 0, 125, 1257)]
+    assert [row["train"] for row in scores] == ["random", "kmeans"]
 
 
 def test_colour_changes_brightness_saturation_and_contrast_in_their_ranges():
@@ -113,9 +325,25 @@ def test_one_family_is_drawn_per_batch(monkeypatch):
     for name in list(train_eval.FAMILIES):
         monkeypatch.setitem(train_eval.FAMILIES, name, lambda x, g, name=name: seen.append(name) or x)
     for seed in range(600):
-        train_eval.dsa(torch.zeros(2, 1, 8, 8), ["crop", "scale", "flip"], generator(seed))
+        train_eval.dsa(torch.zeros(2, 1, 8, 8), ["crop", "scale", "flip"], None, generator(seed))
     assert len(seen) == 600 and set(seen) == {"crop", "scale", "flip"}
     assert all(150 < seen.count(name) < 250 for name in set(seen))
+
+
+def test_no_augmentation_asks_the_device_for_a_number(monkeypatch):
+    """Tensors without numbers: whoever asked for one, and made a GPU wait, would fail."""
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.zeros(1, device="meta").tolist()
+    box = torch.ones(2, 3, device="meta")
+    monkeypatch.setattr(train_eval, "random_boxes", lambda *_: (0 * box, box))          # drawn where g is
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8, device="meta")
+    labels = torch.zeros(3, dtype=torch.int64, device="meta")
+    for protocol in train_eval.PROTOCOLS.values():
+        for seed in range(20):
+            x, _ = protocol.augment(images, labels, data.RECIPES["cifar100"], generator(), generator(seed))
+            assert x.shape == images.shape and x.device.type == "meta"
+    constant = train_eval.constant((0.5, 0.25), torch.device("cpu"))
+    assert constant is train_eval.constant((0.5, 0.25), torch.device("cpu"))
 
 
 def test_digits_are_never_mirrored():
@@ -154,7 +382,7 @@ def test_a_row_says_everything():
     assert row["mean"] == pytest.approx(sum(row["accuracy"]) / 3, abs=1e-3)
     spread = math.sqrt(sum((a - row["mean"]) ** 2 for a in row["accuracy"]) / 2)
     assert row["std"] == pytest.approx(spread, abs=1e-3)
-    assert row["best"] >= row["mean"] - 1e-3
+    assert row["best"] >= row["mean"] - 1e-3 and row["pda"] == 0
 
 
 def test_labels_survive_the_trip_through_folders(tmp_path):
@@ -175,7 +403,7 @@ def test_the_augmentation_stays_in_float32(monkeypatch):
     """Coordinates in bfloat16 would be three quarters of a pixel off at 224 pixels."""
     seen = []
 
-    def note(x, families, g):
+    def note(x, *_):
         seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
         return x
     monkeypatch.setattr(train_eval, "dsa", note)
@@ -185,15 +413,17 @@ def test_the_augmentation_stays_in_float32(monkeypatch):
 
 
 def test_a_judge_whose_loss_is_not_finite_is_no_row(monkeypatch):
-    monkeypatch.setattr(train_eval, "dsa", lambda x, families, g: x * math.nan)
+    monkeypatch.setattr(train_eval, "dsa", lambda x, *_: x * math.nan)
     few = load("digits").train.pick(torch.arange(8))
-    with pytest.raises(data.UserError, match="not finite in epoch 1"):
-        train_judge(few, few, plain, 2, 0)
+    for seeds in ([0], [0, 1, 2]):                                # alone, and in threads
+        with pytest.raises(data.UserError, match="not finite in epoch 1"):
+            train_judges([few] * len(seeds), few, plain, 2, seeds)
 
 
 def test_runs_of_two_seeds_share_no_judge(monkeypatch):
     seeds = []
-    monkeypatch.setattr(train_eval, "train_judge", lambda *p, bf16: seeds.append(p[4]) or (None, [50.]))
+    monkeypatch.setattr(train_eval, "train_judges",
+                        lambda *p, **_: seeds.extend(p[4]) or [(None, [50.]) for _ in p[4]])
     for seed in (0, 1):
         evaluate("random", load("digits"), ipc=1, runs=5, seed=seed)
     assert len(set(seeds)) == 10
@@ -210,17 +440,30 @@ def test_the_table_and_the_file(capsys):
     minimax.main([])
     sample.main(["--ipc", "2"])
     train_eval.main(["distilled", "herding", "kmeans+random", "--runs", "2"])
-    rows = [json.loads(line) for line in open("out/digits/results.jsonl")]
+    rows, scores = read_results()
     assert [row["train"] for row in rows] == [
         "out/digits/distilled", "herding", "kmeans+random", "random", "kmeans", "full"]
     assert [row["images"] for row in rows] == [20, 20, 40, 20, 20, 1257]
-    assert set(rows[0]) == {"data", "cut", "train", "ipc", "images", "protocol", "judge", "size", "epochs",
-                            "runs", "accuracy", "mean", "std", "best", "seconds", "device", "seed", "command"}
-    assert [rows[0][key] for key in ("protocol", "judge", "size")] == ["challenge", "ConvNetD3-W128", 16]
+    assert set(rows[0]) == {"data", "cut", "train", "ipc", "pda", "images", "protocol", "judge", "size",
+                            "epochs", "runs", "accuracy", "mean", "std", "best", "seconds", "device", "seed",
+                            "command"}
+    assert [rows[0][key] for key in ("protocol", "judge", "size")] == ["short", "ConvNetD3-W128", 16]
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
     said = capsys.readouterr().out
     assert all(f"{row['mean']:.2f}" in said for row in rows) and "best: of up to 10 epochs" in said
-    assert "digits | 1,257 images to train on, 540 to test | protocol challenge | judge ConvNetD3" in said
+    assert "digits | 1,257 images to train on, 540 to test | protocol short | judge ConvNetD3" in said
+    own, full, random = (next(row["mean"] for row in rows if row["train"] == name)
+                         for name in ("out/digits/distilled", "full", "random"))
+    assert f"out/digits/distilled | HLR {(full - own) / 100:.3f} | IOR {(own - random) / 100:.3f}\n" in said
+    assert [row["train"] for row in scores] == ["out/digits/distilled", "herding", "kmeans"]  # of equal size
+    assert set(scores[0]) == {"kind", "data", "cut", "train", "ipc", "protocol", "hlr", "ior", "command"}
+    assert scores[0]["hlr"] == pytest.approx((full - own) / 100)
+
+
+def read_results(path="out/digits/results.jsonl"):
+    """(the judges' rows, the scores')."""
+    rows = [json.loads(line) for line in open(path)]
+    return [row for row in rows if "kind" not in row], [row for row in rows if row.get("kind") == "scores"]
 
 
 def test_a_set_larger_than_the_real_one_has_no_random_row(capsys):
@@ -229,7 +472,8 @@ def test_a_set_larger_than_the_real_one_has_no_random_row(capsys):
              labels=torch.cat([train.labels, train.labels]), classes=train.classes)
     train_eval.main(["many.npz", "--runs", "1", "--epochs", "1"])
     assert "a class has only 122 real images" in capsys.readouterr().out
-    assert [json.loads(line)["train"] for line in open("out/digits/results.jsonl")] == ["many.npz", "full"]
+    rows, scores = read_results()
+    assert [row["train"] for row in rows] == ["many.npz", "full"] and not scores
 
 
 def test_what_makes_no_sense_is_refused(sentence, tmp_path):
@@ -238,6 +482,7 @@ def test_what_makes_no_sense_is_refused(sentence, tmp_path):
                         (["random", "--runs", 0], "--runs must be"),
                         (["random", "--epochs", 0], "--epochs must be"), (["nowhere"], "there is no nowhere"),
                         (["random", "--size", 0], "--size must be"), (["--net", "lenet"], "choose convnet3"),
+                        (["random", "--pda", -1], "--pda must be at least 0"),
                         (["random", "--net", "resnet18", "--size", 8], "16 pixels or more, not 8"),
                         (["random", "--ipc", 200], "fewer than --ipc 200")):
         assert words in sentence(train_eval.main, *argv)
@@ -266,16 +511,22 @@ def test_the_gu_rate_falls_by_a_fifth_at_two_thirds_and_five_sixths():
 
 
 def spy(monkeypatch):
-    """A gu loss and looks that cost nothing, but are noted: sizes of batches, rates, looks, optimizers."""
+    """Steps and looks that cost nothing, but are noted: sizes of batches, rates, looks, optimizers.
+
+    The network is linear, and each batch is cut to one image.
+    """
     sizes, rates, looks, made, real = [], [], [], [], torch.optim.SGD
 
-    def loss(predict, images, labels, recipe, g):
+    def augment(images, labels, recipe, g, host):
         sizes.append(len(images))
         rates.append(round(made[-1].param_groups[0]["lr"], 8))
-        return 0 * predict(images[:1].float()).sum()
+        return images[:1].float(), [(labels[:1], 1)]
     monkeypatch.setattr(torch.optim, "SGD", lambda *p, **how: made.append(real(*p, **how)) or made[-1])
     monkeypatch.setattr(train_eval, "accuracy", lambda *_: looks.append(len(sizes)) or 0.)
-    monkeypatch.setitem(train_eval.PROTOCOLS, "gu", train_eval.PROTOCOLS["gu"]._replace(loss=loss))
+    linear = lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    monkeypatch.setattr(train_eval.convnet, "judge", linear)
+    for name, protocol in train_eval.PROTOCOLS.items():
+        monkeypatch.setitem(train_eval.PROTOCOLS, name, protocol._replace(augment=augment))
     return sizes, rates, looks, made
 
 
@@ -339,7 +590,7 @@ def test_enlarged_boxes_are_torchvisions():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_two_fifths(channels):
     x = torch.rand(4000, channels, 6, 6)
-    out = train_eval.jitter(x, generator())
+    out = train_eval.jitter(x, generator(), generator(1))
     mean = lambda z: TF.rgb_to_grayscale(z).mean(dim=(1, 2, 3))   # the other two keep it, in any order
     brightness = mean(out) / mean(x)
     spread = lambda z: TF.rgb_to_grayscale(z).std(dim=(1, 2, 3))
@@ -393,11 +644,11 @@ def test_the_mixed_loss_is_that_of_soft_labels(monkeypatch):
     seen, real = [], train_eval.cutmix
     monkeypatch.setattr(train_eval, "cutmix", lambda x, g: seen.append(real(x, g)) or seen[0])
     logits, few = torch.randn(6, 10), load("digits").train.pick(torch.arange(6))
-    images = train_eval.at_size(few.images, 16)
-    judge = lambda x: logits if torch.equal(x, seen[0][0]) else None
-    loss = train_eval.gu_loss(judge, images, few.labels, gu, generator())
-    _, partner, own = seen[0]
+    x, targets = train_eval.gu_augment(train_eval.at_size(few.images, 16), few.labels, gu, *[generator()] * 2)
+    loss = train_eval.mixed_loss(logits, targets)
+    mixed, partner, own = seen[0]
     labels = F.one_hot(few.labels, 10).float()
+    assert x is mixed
     assert loss == pytest.approx(float(F.cross_entropy(logits, own * labels + (1 - own) * labels[partner])))
 
 
@@ -405,8 +656,8 @@ def test_gu_mirrors_only_where_the_recipe_does(monkeypatch):
     seen = []
     monkeypatch.setattr(train_eval, "flip", lambda x, g: seen.append(1) or x)
     for flip in (False, True):
-        train_eval.gu_loss(lambda x: x.flatten(1)[:, :10], torch.zeros(2, 1, 16, 16, dtype=torch.uint8),
-                           torch.tensor([0, 1]), dataclasses.replace(gu, flip=flip), generator())
+        train_eval.gu_augment(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.tensor([0, 1]),
+                              dataclasses.replace(gu, flip=flip), generator(), generator())
         assert len(seen) == flip
 
 

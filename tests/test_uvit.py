@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import diffusion
 import minimax
@@ -35,14 +36,16 @@ def test_sizes_are_the_published_ones(config, tensors, parameters):
 
 def test_names_are_the_published_ones():
     with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in UViT(**MID, classes=1000, null=False).state_dict().items()}
+        model = UViT(**MID, classes=1000, null=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     D = 768
     block = {"norm1.weight": (D,), "norm1.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
              "attn.qkv.weight": (3 * D, D), "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
              "mlp.fc1.weight": (4 * D, D), "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D),
              "mlp.fc2.bias": (D,)}
     skip = {"skip_linear.weight": (D, 2 * D), "skip_linear.bias": (D,)}
-    wanted = {"pos_embed": (1, 258, D), "patch_embed.proj.weight": (D, 3, 4, 4), "patch_embed.proj.bias": (D,),
+    wanted = {"pos_embed": (1, 258, D),
+              "patch_embed.proj.weight": (D, 3, 4, 4), "patch_embed.proj.bias": (D,),
               "label_emb.weight": (1000, D), "norm.weight": (D,), "norm.bias": (D,),
               "decoder_pred.weight": (48, D), "decoder_pred.bias": (48,),
               "final_layer.weight": (3, 3, 3, 3), "final_layer.bias": (3,)}
@@ -81,7 +84,8 @@ def spelled_out(model, x, t, y):
     for row in range(h):
         for column in range(h):
             piece = x[:, :, row * p:(row + 1) * p, column * p:(column + 1) * p].flatten(1)
-            patches.append(piece @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"])
+            patches.append(piece @ state["patch_embed.proj.weight"].flatten(1).T
+                           + state["patch_embed.proj.bias"])
     half = D // 2
     angle = t[:, None] * torch.tensor([math.exp(-math.log(10000) * i / half) for i in range(half)])
     v = torch.stack([state["label_emb.weight"][y], torch.cat([angle.cos(), angle.sin()], 1), *patches], dim=1)
@@ -91,14 +95,15 @@ def spelled_out(model, x, t, y):
         kept.append(v)
     v = block("mid_block", v)
     for i in range(n):
-        v = block(f"out_blocks.{i}", linear(f"out_blocks.{i}.skip_linear", torch.cat([v, kept[n - 1 - i]], 2)))
+        v = linear(f"out_blocks.{i}.skip_linear", torch.cat([v, kept[n - 1 - i]], 2))
+        v = block(f"out_blocks.{i}", v)
     v = linear("decoder_pred", norm("norm", v))[:, 2:]
     image = torch.zeros_like(x)
     for token in range(h * h):
         piece = v[:, token].reshape(-1, p, p, x.shape[1]).permute(0, 3, 1, 2)        # channels run fastest
         row, column = divmod(token, h)
         image[:, :, row * p:(row + 1) * p, column * p:(column + 1) * p] = piece
-    return torch.nn.functional.conv2d(image, state["final_layer.weight"], state["final_layer.bias"], padding=1)
+    return F.conv2d(image, state["final_layer.weight"], state["final_layer.bias"], padding=1)
 
 
 @torch.no_grad()
@@ -178,7 +183,7 @@ def test_an_unconditional_checkpoint_starts_a_conditional_network(published):
     assert all(torch.equal(mine[name], tensors[name]) for name in tensors if name != "pos_embed")
     old.load_state_dict(tensors)
     seen = []
-    for network in (old, model):                                # the old tokens enter the first block unchanged
+    for network in (old, model):                                # the old tokens enter the blocks unchanged
         network.in_blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         network(torch.ones(1, 1, 8, 8), torch.tensor([7.0]), torch.tensor([0]))
     assert torch.equal(seen[0], seen[1][:, 1:])
@@ -192,7 +197,7 @@ def test_imagenets_label_rows_are_found_by_name(tmp_path):
     uvit.start_from(model, tensors, [classes[7], "my own", classes[3]], "file.pth")
     rows, table = model.state_dict()["label_emb.weight"], tensors["label_emb.weight"]
     assert torch.equal(rows[0], table[7]) and torch.equal(rows[2], table[3])
-    assert torch.equal(rows[1], fresh[1]) and torch.equal(rows[3], fresh[3])      # a new class, and "no class"
+    assert torch.equal(rows[1], fresh[1]) and torch.equal(rows[3], fresh[3])    # a new class, and "no class"
     with pytest.raises(UserError, match="file.pth does not fit the network: decoder_pred.bias"):
         uvit.start_from(UViT("mini", 8, 4, 1, classes=3), tensors, ["a", "b", "c"], "file.pth")
 
@@ -228,7 +233,8 @@ def test_either_backbone_goes_through_every_stage(capsys):
     header = read_header("out/digits/uvit/minimax.safetensors")
     assert header["schedule"] == "vp" and header["config"]["backbone"] == "uvit"
     for sampler in ("dpm-fast", "dpm++2m", "ddpm"):
-        sample.main(["--out", "out/digits/uvit", "--ipc", "2", "--steps", "4", "--sampler", sampler, "--overwrite"])
+        sample.main(["--out", "out/digits/uvit", "--ipc", "2", "--steps", "4", "--sampler", sampler,
+                     "--overwrite"])
     train_eval.main(["distilled", "--out", "out/digits/uvit", "--runs", "1", "--ipc", "1"])
     row = json.loads(pathlib.Path("out/digits/uvit/results.jsonl").read_text().splitlines()[0])
     assert row["train"] == "out/digits/uvit/distilled"
@@ -258,7 +264,9 @@ def test_training_is_a_function_of_the_seed_and_moves_every_weight():
 def test_its_own_settings_are_the_published_ones():
     network, plan = uvit.plan_of(RECIPES["cifar100"], None, 0, None, torch.device("cpu"))
     assert network == "S" and (plan.steps, plan.batch, plan.lr, plan.lr_warm) == (500_000, 128, 2e-4, 2500)
-    assert (plan.beta1, plan.beta2, plan.weight_decay, plan.ema) == (.99, .999, .03, .9999)
+    assert (plan.beta1, plan.beta2, plan.weight_decay, plan.ema, plan.warm) == (.99, .999, .03, .9999, False)
+    with torch.device("meta"):                                  # the first screen's 1.1M
+        assert sum(p.numel() for p in UViT("tiny", 8, 2, 1, 10).parameters()) == 1_060_366
     assert [plan.lr_at(step) for step in (0, 1249, 2499, 100_000)] == pytest.approx([8e-8, 1e-4, 2e-4, 2e-4])
 
 
