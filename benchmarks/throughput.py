@@ -1,11 +1,13 @@
 """How fast the parts are, as shares of what this machine's matrix product reaches in the same run.
 
-    python benchmarks/throughput.py        # 25 s on two CPU cores
+    python benchmarks/throughput.py        # SECONDS on two CPU cores
 
-Operations are counted by torch's own flop counter. Prints five lines: the matrix product; the tiny DiT's
+Operations are counted by torch's own flop counter. Prints a line each for the matrix product; the tiny DiT's
 training step; the min-max losses' share of a step of fine-tuning (of all weights); a sampling step;
-augmentation's share of a judge's step.
+augmentation's share of a judge's step; five judges side by side against one by one; and the forward passes of
+CIFAR-100's DiT-S/2 and U-ViT-S/2, in bfloat16 where the machine gains from it.
 """
+import functools
 import pathlib
 import statistics
 import sys
@@ -18,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from convnet import ConvNet
-from data import device_named, load, new_parser, one_sentence
+from data import device_named, gains_from_bf16, load, new_parser, one_sentence
 from diffusion import DiT, Plan, Trainer, batch_index, denoising_loss, draw
 from minimax import MinMax
 from sample import guided
 from train_eval import dsa, normalise, train_judge, train_judges
+from uvit import UViT
 
 
 def seconds(work, device, rounds=7, least=0.3):
@@ -124,6 +127,18 @@ def measure(device):
     at_once = seconds(lambda: train_judges([few] * 5, few, recipe, 20, range(5), looks=1), device, rounds=3)
     print(f"5 judges, 20 epochs of 100 images | {at_once:.2f} s side by side | {apart:.2f} s one by one | "
           f"{apart / at_once:.1f} times as fast")
+
+    bf16 = gains_from_bf16(device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = a.to(dtype), b.to(dtype)
+    product = 2 * 2048**3 / seconds(lambda: a @ b, device)
+    x, t, y = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device), labels[:16]
+    for name, network in (("DiT-S/2", DiT("S", 32, 2, 3, 100)), ("U-ViT-S/2", UViT("S", 32, 2, 3, 100))):
+        forward = torch.no_grad()(functools.partial(network.to(device, dtype).eval(), x, t, y))
+        call, done = seconds(forward, device, rounds=3), flops(forward)
+        print(f"{name} forward, 16 images of 32 pixels{', bf16' * bf16} | {16 / call:.1f} images/s | "
+              f"{done / call / 1e9:.0f} of {product / 1e9:.0f} GFLOP/s, {100 * done / call / product:.0f} % of "
+              "the matrix product")
 
 
 if __name__ == "__main__":

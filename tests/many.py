@@ -11,6 +11,7 @@ import data
 import diffusion
 import minimax
 import sample
+import uvit
 import vae
 
 files, out = conftest.ImageNet(*map(pathlib.Path, sys.argv[1:4])), sys.argv[4]
@@ -24,6 +25,9 @@ with data.many_processes():                                     # one group for 
     minimax.main([*base, "--lambda-r", ".1", "--lambda-d", ".1", "--out", f"{out}/both"])
     sample.main(["--ipc", "3", "--steps", "4", "--batch", "7", "--out", f"{out}/drawn"])
     sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "7", "--out", f"{out}/budget"])
+    sample.CANDIDATES = (1, 2)
+    sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "7", "--out", f"{out}/auto"])
+    uvit.main(["--steps", "4", "--out", f"{out}/uvit"])
     minimax.main(["--data", "imagewoof", "--root", str(files.root), "--vae", str(files.vae), "--steps", "1",
                   "--out", f"{out}/woof"])
 

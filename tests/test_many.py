@@ -48,6 +48,19 @@ def test_without_lambdas_two_processes_follow_one(both):
     assert (one[name] - start[name]).abs().max() > 1e-4          # they did train
 
 
+def test_a_u_vit_learns_from_two_processes_as_from_one(both):
+    one, two = (load_tensors(both / name / "uvit/base.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
+
+
+def test_all_processes_take_the_same_decision(both):
+    for name, processes in (("one", 1), ("two", 2)):
+        decision = json.loads((both / name / "auto/steps.json").read_text())
+        drawn = json.loads((both / name / "auto/distilled.json").read_text())
+        assert drawn["settings"]["steps"] == decision["steps"] in (1, 2)
+        assert decision["settings"]["processes"] == processes and len(decision["rows"]) == 2
+
+
 def test_with_lambdas_each_process_has_its_own_extremum(both):
     one, two = (load_tensors(both / name / "both/minimax.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) > 1e-5
