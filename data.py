@@ -635,6 +635,7 @@ def cifar(name, root, recipe, skip_broken=False):
     """
     source, title, count = CIFARS[name]
     home = pathlib.Path(root or pathlib.Path(torch.hub.get_dir(), "datasets"))
+    home = home.parent if home.name == source.base_folder else home
     if (home / "train").is_dir():
         files = list_split(home, held_folder(home), None, 3, title, count)
         train, test = (part.read(skip_broken) for part in files)
@@ -720,6 +721,10 @@ def annotated(heap, notes, train):
     if bare:
         raise UserError(f"{bare[0]} has no line in {notes.name} ({len(bare)} of {len(files)} pictures have "
                         "none)")
+    lost = sorted(set(wnids) - {file.name for file in files})
+    if lost:
+        raise UserError(f"{heap}/{lost[0]} is missing ({len(lost)} of the {len(wnids)} pictures in "
+                        f"{notes.name} are)")
     empty = sorted(set(train.classes) - {wnids[file.name] for file in files})
     if empty:
         raise UserError(f"{heap} has no picture of {empty[0]} ({len(empty)} of {len(train.classes)} classes "
@@ -888,8 +893,8 @@ def take_weights(module, tensors, path, kind):
 FLAGS = {
     "data": dict(default="digits", metavar="NAME|DIR",
                  help=f"{', '.join(BUILT_IN)}, or a folder of class folders (default: %(default)s)"),
-    "root": dict(metavar="DIR", help="where the files are: of ImageNet, Tiny-ImageNet or CIFAR (which is "
-                                     "fetched without it), or with --data folder"),
+    "root": dict(metavar="DIR", help="where the files are: of ImageNet, Tiny-ImageNet or CIFAR (fetched "
+                                     "where it is not there), or with --data folder"),
     "recipe": dict(choices=sorted(RECIPES), help="borrow another data set's recipe"),
     "validation": dict(action="store_true",
                        help="put the test split away and test on a fifth of the training split: "

@@ -41,7 +41,7 @@ from torchvision.transforms.functional import InterpolationMode, resize, rgb_to_
 from tqdm import tqdm
 
 import convnet
-from data import (ImageFiles, ImageSet, UserError, add_flags, command, device_named, gains_from_bf16, load,
+from data import (ImageSet, UserError, add_flags, command, device_named, gains_from_bf16, load,
                   new_parser, one_sentence, read_set, same_data)
 
 # ----------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def challenge_epochs(recipe, images, classes):
 
 
 def challenge_rate(epoch, epochs):
-    """A tenth after half; the challenge's own half, after the epoch with index E // 2 + 1 (501 of 1,001)."""
+    """A tenth after half: of the challenge's 1,001 epochs those with index 0 to 501 have the full rate."""
     return 0.01 if epoch < epochs // 2 + 2 else 0.01 * 0.1
 
 
@@ -373,7 +373,7 @@ def new_pupil(train, recipe, seed):
     return Pupil(judge, train, g, g if device.type == "cpu" else torch.Generator().manual_seed(seed))
 
 
-def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
+def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop=None):
     """Trains the pupils in lockstep, as one network: the sum of their losses leaves their gradients apart.
 
     Each gets the batches and augmentations that it would get alone. Returns, for each, its percent on `test`
@@ -386,8 +386,9 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
     tested = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
     optimizer, accuracies = None, [[] for _ in pupils]
 
-    def predict(network, x):                                    # not around the augmentation: its coordinates
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):     # would become bfloat16
+    def predict(network, x):
+        # not around the augmentation, whose coordinates would become bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return network(x).float()
     for epoch in tqdm(range(epochs), disable=None, leave=False):
         rate = protocol.rate(epoch, epochs)
@@ -398,11 +399,11 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
             pupil.judge.train()
         orders = [torch.randperm(len(train.labels), generator=g, device=device) for _, train, g, _ in pupils]
         for parts in zip(*(order.split(protocol.batch) for order in orders), strict=True):
-            if stop.is_set():
+            if stop and stop.is_set():
                 return accuracies
             batches = [protocol.augment(train.images[index], train.labels[index], recipe, g, host)
                        for (_, train, g, host), index in zip(pupils, parts, strict=True)]
-            logits = predict(network, [x for x, _ in batches])                # (n, B, K)
+            logits = predict(network, [x for x, _ in batches])  # n of (B, C, S, S) -> (n, B, K)
             loss = sum(mixed_loss(own, targets)
                        for own, (_, targets) in zip(logits, batches, strict=True))
             optimizer.zero_grad(set_to_none=True)
@@ -410,7 +411,7 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
             optimizer.step()
         if epoch in tested:
             if not loss.isfinite():
-                raise UserError(f"the judge's loss is not finite in epoch {epoch + 1}: another --net, or "
+                raise UserError(f"a judge's loss is not finite in epoch {epoch + 1}: another --net, or "
                                 "--no-bf16, may help")
             for pupil, curve in zip(pupils, accuracies, strict=True):
                 judge = pupil.judge.eval()
@@ -419,12 +420,12 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop):
 
 
 def in_threads(work, jobs):
-    """[work(job, stop) for each of the jobs], as many at a time as there are CPU threads, which they share.
+    """[work(job, stop) for each of the jobs], several at a time, which share the CPU's threads evenly.
 
     stop: a threading.Event, set by the first error and by Ctrl-C, which work looks at in every step.
     """
     threads, stop = torch.get_num_threads(), threading.Event()
-    workers = min(threads, len(jobs))
+    workers = max(n for n in range(1, min(threads, len(jobs)) + 1) if threads % n == 0)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
                                 initargs=(threads // workers,)) as pool:
@@ -457,18 +458,18 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
     sized = {id(part): part._replace(images=at_size(part.images, size)) for part in (*trains, test)}
     pupils = [new_pupil(sized[id(train)], recipe, seed) for train, seed in zip(trains, seeds, strict=True)]
 
-    def work(group, stop):
+    def work(group, stop=None):
         curves = teach(group, sized[id(test)], recipe, epochs, looks or PROTOCOLS[recipe.protocol].looks,
                        bf16, compiled, stop)
-        if name and not sys.stderr.isatty() and not stop.is_set():
+        if name and not sys.stderr.isatty() and not (stop and stop.is_set()):
             for curve in curves:
                 print(f"{name} | a judge of {len(trains)} | {curve[-1]:.2f} %", file=sys.stderr, flush=True)
         return curves
     equal = len({len(train.labels) for train in trains}) == 1
     if device.type != "cpu" and recipe.net in convnet.JUDGES and size <= 64 and equal:
-        curves = work(pupils, threading.Event())
+        curves = work(pupils)
     elif device.type != "cpu" or len(pupils) == 1:
-        curves = [work([pupil], threading.Event())[0] for pupil in pupils]
+        curves = [work([pupil])[0] for pupil in pupils]
     else:
         curves = [curves[0] for curves in in_threads(work, [[pupil] for pupil in pupils])]
     return [(pupil.judge, curve) for pupil, curve in zip(pupils, curves, strict=True)]
@@ -480,14 +481,16 @@ def train_judge(train, test, recipe, epochs, seed, **how):
 
 
 def compiles(recipe, classes, device):
-    """Whether torch.compile works here, tried on a judge of that recipe; says why where it does not."""
-    judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes).to(device)
+    """Whether torch.compile works here, tried as judges of that recipe train; says why where it does not."""
+    n = 1 if device.type == "cpu" or recipe.net not in convnet.JUDGES else 2
+    _, network = convnet.as_one([convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)
+                                 .to(device) for _ in range(n)])
+    batch = torch.zeros(2, recipe.colours, recipe.judge_size, recipe.judge_size, device=device)
     try:
-        with torch.no_grad():
-            torch.compile(judge)(torch.zeros(2, recipe.colours, recipe.judge_size, recipe.judge_size,
-                                             device=device))
+        torch.compile(network)([batch] * n).sum().backward()
     except RuntimeError as error:                               # no compiler, an unsupported Python, ...
-        print(f"--compile does nothing here, as torch.compile fails: {str(error).splitlines()[0]}")
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"--compile does nothing here, as torch.compile fails: {why}")
         return False
     return True
 
@@ -617,16 +620,16 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
     redrawn = any(part in ("random", "kmeans") for part in source.split("+"))
     for run in range(runs if redrawn else 1):                   # a folder is read once, random draws anew
         g = torch.Generator().manual_seed(1000 * seed + 500 + run)          # not the judge's stream
-        train = training_set(source, data, ipc, features, g, skip_broken, found)
-        trains.append(with_copies(train, pda, recipe, g) if pda else train)
-    images, classes = len(trains[0].labels), len(train.classes)
+        plain = training_set(source, data, ipc, features, g, skip_broken, found)
+        trains.append(with_copies(plain, pda, recipe, g) if pda else plain)
+    images, classes = len(trains[0].labels), len(plain.classes)
     count = epochs or count_epochs(recipe, images, classes)
     judged = train_judges(trains if redrawn else trains * runs, data.test, recipe, count,
                           [1000 * seed + run for run in range(runs)], bf16=bf16, compiled=compiled,
                           name=source)
     last = [round(curve[-1], 4) for _, curve in judged]
     return {"data": data.name, "cut": data.cut, "train": source,
-            "ipc": len(train.labels) // classes, "pda": pda, "images": images,
+            "ipc": len(plain.labels) // classes, "pda": pda, "images": images, "recipe": recipe.name,
             "protocol": recipe.protocol, "judge": convnet.title(recipe.net), "size": recipe.judge_size,
             "epochs": count, "runs": runs,
             "accuracy": last, "mean": round(statistics.mean(last), 4),
@@ -662,6 +665,7 @@ def hlr_ior(own, full, random):
         IOR = acc(the set) - acc(as many real ones, drawn at random)
 
     Both are DD-Ranking's (Li et al. 2025), whose formulas want fractions; its code 0.2.0 gives them percent.
+    Copies (--pda) count as part of the set: the random images have none.
     """
     return round((full - own) / 100, 6), round((own - random) / 100, 6)
 
@@ -688,14 +692,14 @@ CHALLENGE = {"cifar100": 32, "tiny-imagenet": 64}               # the challenge'
 def challenge_score(rows):
     """The challenge's score, percent: the mean over its data sets of a distilled set's accuracy.
 
-    rows: of results.jsonl, of which a data set's last exact one counts: its own judges, three or more, after
-    all 1,001 epochs in float32, on the test split. None as long as a data set has no such row.
+    rows: of results.jsonl, of which a data set's last exact one counts: its own recipe and judges, three or
+    more, after all 1,001 epochs in float32, on the test split. None as long as a data set has no such row.
     """
     means = {}
     for row in rows:
         exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
                  and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
-                 and "bf16" not in row["device"])
+                 and row.get("recipe") == row["data"] and "bf16" not in row["device"])
         if exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
             means[row["data"]] = row["mean"]
     return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
@@ -793,7 +797,7 @@ def run(args, typed):
                         "which is not here")
     convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)  # or refuses now
     train, test = data.train, data.test
-    if isinstance(train, ImageFiles):                           # pictures are read at the judge's size
+    if recipe.latents:                                          # pictures are read at the judge's size
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
     bf16 = protocol.bf16 and gains_from_bf16(device) if args.bf16 is None else args.bf16
@@ -824,8 +828,8 @@ def run(args, typed):
         keep(row)
         print(f"{row['train']} | HLR {row['hlr']:.3f} | IOR {row['ior']:.3f}")
     if data.name in CHALLENGE and recipe.protocol == "challenge":
-        twins = [pathlib.Path(*(name if part == data.name else part for part in log.parts))
-                 for name in CHALLENGE]                         # out/cifar100/X and out/tiny-imagenet/X
+        *before, after = str(log).rpartition(data.name)         # out/cifar100/X and out/tiny-imagenet/X
+        twins = [pathlib.Path(before[0] + name + after) for name in CHALLENGE] if before[1] else []
         score = challenge_score([row for twin in twins for row in read_rows(twin)])
         if score is not None:
             print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")

@@ -137,8 +137,8 @@ def measure(device):
         forward = torch.no_grad()(functools.partial(network.to(device, dtype).eval(), x, t, y))
         call, done = seconds(forward, device, rounds=3), flops(forward)
         print(f"{name} forward, 16 images of 32 pixels{', bf16' * bf16} | {16 / call:.1f} images/s | "
-              f"{done / call / 1e9:.0f} of {product / 1e9:.0f} GFLOP/s, {100 * done / call / product:.0f} % of "
-              "the matrix product")
+              f"{done / call / 1e9:.0f} of {product / 1e9:.0f} GFLOP/s, {100 * done / call / product:.0f} % "
+              "of the matrix product")
 
 
 if __name__ == "__main__":

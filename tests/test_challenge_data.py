@@ -297,6 +297,8 @@ def test_what_is_wrong_with_tiny_imagenet_is_said(tmp_path, sentence, capsys):
     notes.write_text(lines.replace(WNIDS[0], WNIDS[1]))
     said = sentence(data.main, *words)
     assert f"has no picture of {WNIDS[0]} (1 of 3 classes have none)" in said
+    notes.write_text(lines + f"val_99.JPEG\t{WNIDS[0]}\t0\t0\t9\t9\n")
+    assert "val_99.JPEG is missing (1 of the 7 pictures" in sentence(data.main, *words)
     notes.unlink()
     assert "val_annotations.txt is missing" in sentence(data.main, *words)
     notes.write_text(lines)

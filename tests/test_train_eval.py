@@ -185,7 +185,8 @@ def test_hlr_and_ior_are_fractions():
 
 def challenge_row(**other):
     return {"data": "cifar100", "train": "out/cifar100/distilled", "protocol": "challenge", "epochs": 1001,
-            "judge": "ConvNetD3-W128", "size": 32, "runs": 3, "mean": 14.7, "device": "cuda:0", **other}
+            "judge": "ConvNetD3-W128", "size": 32, "runs": 3, "mean": 14.7, "device": "cuda:0",
+            "recipe": other.get("data", "cifar100"), **other}
 
 
 def test_the_challenges_score_is_the_mean_over_its_data_sets_and_of_exact_rows_alone():
@@ -194,7 +195,7 @@ def test_the_challenges_score_is_the_mean_over_its_data_sets_and_of_exact_rows_a
     assert train_eval.challenge_score([challenge_row(mean=1.), tiny, challenge_row()]) == pytest.approx(10.6)
     for wrong in ({"epochs": 1000}, {"protocol": "short"}, {"runs": 2}, {"train": "random"}, {"size": 64},
                   {"train": "made+full"}, {"data": "cifar100-validation"}, {"device": "cuda:0 bf16"},
-                  {"judge": "ResNet-18"}, {"data": "cifar10"}):
+                  {"judge": "ResNet-18"}, {"data": "cifar10"}, {"recipe": "folder"}):
         assert train_eval.challenge_score([challenge_row(**wrong), tiny]) is None
     scores = {"kind": "scores", "data": "cifar100", "train": "out/cifar100/distilled", "hlr": 0.1, "ior": 0.1}
     assert train_eval.challenge_score([scores, challenge_row(), tiny]) == pytest.approx(10.6)
@@ -444,8 +445,8 @@ def test_the_table_and_the_file(capsys):
     assert [row["train"] for row in rows] == [
         "out/digits/distilled", "herding", "kmeans+random", "random", "kmeans", "full"]
     assert [row["images"] for row in rows] == [20, 20, 40, 20, 20, 1257]
-    assert set(rows[0]) == {"data", "cut", "train", "ipc", "pda", "images", "protocol", "judge", "size",
-                            "epochs", "runs", "accuracy", "mean", "std", "best", "seconds", "device", "seed",
+    assert set(rows[0]) == {"data", "cut", "train", "ipc", "pda", "images", "recipe", "protocol", "judge",
+                            "size", "epochs", "runs", "accuracy", "mean", "std", "best", "seconds", "device", "seed",
                             "command"}
     assert [rows[0][key] for key in ("protocol", "judge", "size")] == ["short", "ConvNetD3-W128", 16]
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
