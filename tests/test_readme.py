@@ -68,6 +68,21 @@ def test_every_row_was_run_five_times_by_the_judge_it_names():
         assert row["judge"] == "ConvNetD3-W128" and not re.search(r"(?<![\w.])/\w", row["command"])
 
 
+def test_what_is_said_of_the_solvers_is_what_was_measured():
+    import digits
+    rows = {(row["row"], row["steps"]): row for row in digits.read_rows() if row["table"] == "solvers"}
+    (ddim, pp, fast), real = digits.SOLVERS, rows["real, at random", 0]
+    assert rows[fast, 5]["mean"] < rows[ddim, 5]["mean"] - 10 < rows[pp, 5]["mean"] - 10
+    for steps in (15, 20, 50):
+        assert abs(rows[pp, steps]["mean"] - rows[pp, 10]["mean"]) < 0.15
+        assert abs(rows[fast, steps]["mean"] - rows[fast, 15]["mean"]) < 0.15
+    assert abs(rows[pp, 10]["mean"] - rows[ddim, 50]["mean"]) < rows[pp, 10]["std"]
+    late = [row for (name, steps), row in rows.items() if steps > 5]
+    assert max(r["mean"] for r in late) - min(r["mean"] for r in late) < max(r["std"] for r in late)
+    assert max(rows, key=lambda key: rows[key]["one_mean"]) == (ddim, 5)
+    assert all(real["coverage_mean"] < row["coverage_mean"] for row in rows.values() if row is not real)
+
+
 def test_links_lead_somewhere():
     headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
                 for line in re.findall(r"^#+ (.*)", README, re.M)}

@@ -446,8 +446,8 @@ def test_the_table_and_the_file(capsys):
         "out/digits/distilled", "herding", "kmeans+random", "random", "kmeans", "full"]
     assert [row["images"] for row in rows] == [20, 20, 40, 20, 20, 1257]
     assert set(rows[0]) == {"data", "cut", "train", "ipc", "pda", "images", "recipe", "protocol", "judge",
-                            "size", "epochs", "runs", "accuracy", "mean", "std", "best", "seconds", "device", "seed",
-                            "command"}
+                            "size", "epochs", "runs", "accuracy", "mean", "std", "best", "seconds", "device",
+                            "seed", "command"}
     assert [rows[0][key] for key in ("protocol", "judge", "size")] == ["short", "ConvNetD3-W128", 16]
     assert rows[0]["command"] == "python train_eval.py distilled herding kmeans+random --runs 2"
     said = capsys.readouterr().out
