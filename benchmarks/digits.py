@@ -209,7 +209,7 @@ def spread(row, name="", digits=1):
 def pilot(rows, row):
     """What `--steps auto` saw of this row's steps, before it decided."""
     seen = {found["steps"]: found["accuracy"] for other in rows for found in other.get("pilots", [])}
-    return "–" if row["row"] == "auto" else f"{seen[row['steps']]:.1f}"
+    return f"{seen[row['steps']]:.1f}" if row["steps"] in seen and row["row"] != "auto" else "–"
 
 
 def tables(rows):
