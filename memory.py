@@ -32,8 +32,11 @@ def drop_by_similarity(entries, slots, most):
     The sums are taken anew after each drop, or a pair of twins would go together. They are rounded, so that
     equal entries tie in spite of the last digit, and the oldest of a tie goes.
     """
-    unit = F.normalize(entries.cpu().double(), dim=1)           # (m, D); on the CPU: the loop is serial
-    similarity = unit @ unit.T                                              # (m, m)
+    if len(entries) <= slots:
+        return entries
+    wide = entries if entries.device.type != "mps" else entries.cpu()       # which has no float64
+    unit = F.normalize(wide.double(), dim=1)                                # (m, D)
+    similarity = (unit @ unit.T).cpu()                          # (m, m); the loop is serial
     kept = torch.arange(len(entries))
     while len(kept) > slots:
         degree = similarity[kept][:, kept].sum(dim=1).round(decimals=9)     # (m,)

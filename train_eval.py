@@ -16,15 +16,17 @@ The number to quote is the LAST epoch's accuracy on the real test split, mean +-
 over n judges (a new draw for each of "random" and "kmeans"). The best of ten epochs (gu: of a hundred),
 evenly spread, stands beside it because others report a best one. Below the table: what a set loses to all
 real images, and gains over as many random ones (section 4).
-Appends each row to out/digits/results.jsonl.
+Appends each row to out/digits/results.jsonl. Stopped, even killed, it goes on with the judges in training.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
 Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation).
 """
 import functools
+import hashlib
 import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import sys
 import threading
@@ -41,8 +43,9 @@ from torchvision.transforms.functional import InterpolationMode, resize, rgb_to_
 from tqdm import tqdm
 
 import convnet
-from data import (ImageSet, UserError, add_flags, command, device_named, gains_from_bf16, load,
+from data import (ImageSet, UserError, add_flags, command, data_print, device_named, gains_from_bf16, load,
                   new_parser, one_sentence, read_set, same_data)
+from diffusion import SAVE_EVERY, save_state
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Augmentation: whole batches, new numbers per image
@@ -356,9 +359,10 @@ def accuracy(predict, images, labels, recipe):
 
 
 class Pupil(NamedTuple):
-    """A judge while it learns: its network, its training set, and its generators (see dsa)."""
+    """A judge while it learns: its network, its training set, its seed, and its generators (see dsa)."""
     judge: torch.nn.Module
     train: ImageSet
+    seed: int
     g: torch.Generator
     host: torch.Generator
 
@@ -370,39 +374,90 @@ def new_pupil(train, recipe, seed):
         torch.manual_seed(seed)
         judge = convnet.judge(recipe.net, recipe.judge_size, recipe.colours, len(train.classes)).to(device)
     g = torch.Generator(device).manual_seed(seed)
-    return Pupil(judge, train, g, g if device.type == "cpu" else torch.Generator().manual_seed(seed))
+    return Pupil(judge, train, seed, g, g if device.type == "cpu" else torch.Generator().manual_seed(seed))
 
 
-def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop=None):
+class Desk:
+    """The folder in which judges leave their work, so that a row that was stopped goes on: None is nowhere.
+
+    A file for each group that trains in lockstep; `clear` once the row is written.
+    """
+
+    def __init__(self, folder=None):
+        self.folder, self.began, self.earlier = folder, time.monotonic(), 0.0
+
+    def file(self, pupils):
+        return self.folder / ("-".join(str(pupil.seed) for pupil in pupils) + ".pt")
+
+    def seconds(self):
+        """Since this row began, what it took before it was stopped included."""
+        return self.earlier + time.monotonic() - self.began
+
+    def put(self, pupils, epoch, optimizer, accuracies):
+        """Keeps all that the epochs after number `epoch` depend on."""
+        save_state(self.file(pupils), {
+            "epoch": epoch, "accuracies": accuracies, "optimizer": optimizer.state_dict(),
+            "judges": [pupil.judge.state_dict() for pupil in pupils],
+            "chance": [(pupil.g.get_state(), pupil.host.get_state()) for pupil in pupils],
+            "seconds": self.seconds()})
+
+    def take(self, pupils, optimizer_of):
+        """Brings the pupils to where they were: (epochs done, optimizer, accuracies), or a start.
+
+        optimizer_of: rate -> optimizer of their weights.
+        """
+        if self.folder is None or not self.file(pupils).is_file():
+            return 0, None, [[] for _ in pupils]
+        state = torch.load(self.file(pupils), map_location="cpu", weights_only=True)
+        for pupil, tensors, (g, host) in zip(pupils, state["judges"], state["chance"], strict=True):
+            pupil.judge.load_state_dict(tensors)                # in place: a stack's judges stay its views
+            pupil.g.set_state(g)
+            pupil.host.set_state(host)
+        optimizer = optimizer_of(0.0)
+        optimizer.load_state_dict(state["optimizer"])
+        self.earlier = max(self.earlier, state["seconds"])      # groups may work at once
+        return state["epoch"] + 1, optimizer, state["accuracies"]
+
+    def clear(self):
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop=None, desk=None):
     """Trains the pupils in lockstep, as one network: the sum of their losses leaves their gradients apart.
 
     Each gets the batches and augmentations that it would get alone. Returns, for each, its percent on `test`
     after each of `looks` epochs. stop: a threading.Event; once it is set, training ends and is worth nothing.
-    Raises UserError where a loss is not finite.
+    desk: a Desk, from which it goes on. Raises UserError where a loss is not finite.
     """
     device, protocol = test.images.device, PROTOCOLS[recipe.protocol]
     weights, network = convnet.as_one([pupil.judge for pupil in pupils])
     network = torch.compile(network) if compiled else network
     tested = {round((i + 1) * epochs / looks) - 1 for i in range(looks)} | {epochs - 1}
-    optimizer, accuracies = None, [[] for _ in pupils]
+    desk, saved = desk or Desk(), time.monotonic()
+
+    def optimizer_of(rate):
+        return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=5e-4)
+    start, optimizer, accuracies = desk.take(pupils, optimizer_of)
 
     def predict(network, x):
         # not around the augmentation, whose coordinates would become bfloat16
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return network(x).float()
-    for epoch in tqdm(range(epochs), disable=None, leave=False):
+    for epoch in tqdm(range(start, epochs), initial=start, total=epochs, disable=None, leave=False):
         rate = protocol.rate(epoch, epochs)
         if optimizer is None or protocol.fresh and rate != optimizer.param_groups[0]["lr"]:
-            optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=5e-4)
+            optimizer = optimizer_of(rate)
         optimizer.param_groups[0]["lr"] = rate
         for pupil in pupils:
             pupil.judge.train()
-        orders = [torch.randperm(len(train.labels), generator=g, device=device) for _, train, g, _ in pupils]
+        orders = [torch.randperm(len(pupil.train.labels), generator=pupil.g, device=device)
+                  for pupil in pupils]
         for parts in zip(*(order.split(protocol.batch) for order in orders), strict=True):
             if stop and stop.is_set():
                 return accuracies
             batches = [protocol.augment(train.images[index], train.labels[index], recipe, g, host)
-                       for (_, train, g, host), index in zip(pupils, parts, strict=True)]
+                       for (_, train, _, g, host), index in zip(pupils, parts, strict=True)]
             logits = predict(network, [x for x, _ in batches])  # n of (B, C, S, S) -> (n, B, K)
             loss = sum(mixed_loss(own, targets)
                        for own, (_, targets) in zip(logits, batches, strict=True))
@@ -416,6 +471,9 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop=None):
             for pupil, curve in zip(pupils, accuracies, strict=True):
                 judge = pupil.judge.eval()
                 curve.append(accuracy(functools.partial(predict, judge), test.images, test.labels, recipe))
+        if desk.folder and (epoch == epochs - 1 or time.monotonic() - saved > SAVE_EVERY):
+            desk.put(pupils, epoch, optimizer, accuracies)
+            saved = time.monotonic()
     return accuracies
 
 
@@ -440,14 +498,15 @@ def in_threads(work, jobs):
         torch.set_num_threads(threads)                          # a part of it is for the whole process
 
 
-def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False, name=""):
+def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False, name="",
+                 desk=None):
     """Fresh judges recipe.net, one for each seed, trained on its set of `trains` and tested on `test`.
 
     trains: ImageSets, `test` too, all on one device. Returns [(judge, accuracies)]: percent on `test`, at
     `looks` epochs evenly spread (default: the protocol's); the last is the last epoch's. The same seed gives
     the same weights, batches and augmentations whoever trains beside; on a CPU also the same bits, if as many
     threads work for it. name: what a pipe, which sees no progress bar, is told of as judges are done.
-    Raises UserError where a loss is not finite.
+    desk: a Desk of this training alone, whose seeds differ. Raises UserError where a loss is not finite.
 
     On a CPU they train at once, a thread each: a small batch keeps two cores less busy than two batches do.
     On a GPU those of small pictures, between whose calls it waits, train in lockstep, if all sets are of one
@@ -460,7 +519,7 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
 
     def work(group, stop=None):
         curves = teach(group, sized[id(test)], recipe, epochs, looks or PROTOCOLS[recipe.protocol].looks,
-                       bf16, compiled, stop)
+                       bf16, compiled, stop, desk)
         if name and not sys.stderr.isatty() and not (stop and stop.is_set()):
             for curve in curves:
                 print(f"{name} | a judge of {len(trains)} | {curve[-1]:.2f} %", file=sys.stderr, flush=True)
@@ -607,13 +666,22 @@ def training_set(source, data, ipc, features, g, skip_broken=False, found=None):
                     data.train.classes)
 
 
+def desk_of(keep, trains, test, *how):
+    """A Desk in the folder `keep`; only a row of the same images, trained in the same way, finds it again."""
+    if keep is None:
+        return Desk()
+    facts = [data_print(part) for part in (*trains, test)], how
+    return Desk(keep / hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
+
+
 def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features=None, skip_broken=False,
-             pda=0, compiled=False, found=None):
+             pda=0, compiled=False, found=None, keep=None):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
     data: Data; test, an ImageSet, is on the device, and train there too where it is one.
     features: what judge_features(data, ...) returns, so that several rows share its judge. found: see
-    training_set. pda: augmented copies of each image. Run number r takes the seed 1000 seed + r.
+    training_set. pda: augmented copies of each image. keep: a folder for judges in training, from which a
+    stopped row goes on. Run number r takes the seed 1000 seed + r.
     """
     began, recipe, trains = time.monotonic(), data.recipe, []
     features = features or judge_features(data, seed, bf16, skip_broken)
@@ -623,10 +691,11 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
         plain = training_set(source, data, ipc, features, g, skip_broken, found)
         trains.append(with_copies(plain, pda, recipe, g) if pda else plain)
     images, classes = len(trains[0].labels), len(plain.classes)
-    count = epochs or count_epochs(recipe, images, classes)
-    judged = train_judges(trains if redrawn else trains * runs, data.test, recipe, count,
-                          [1000 * seed + run for run in range(runs)], bf16=bf16, compiled=compiled,
-                          name=source)
+    count, seeds = epochs or count_epochs(recipe, images, classes), [1000 * seed + run for run in range(runs)]
+    desk = desk_of(keep, trains, data.test, recipe, count, seeds, bf16)
+    judged = train_judges(trains if redrawn else trains * runs, data.test, recipe, count, seeds, bf16=bf16,
+                          compiled=compiled, name=source, desk=desk)
+    desk.clear()
     last = [round(curve[-1], 4) for _, curve in judged]
     return {"data": data.name, "cut": data.cut, "train": source,
             "ipc": len(plain.labels) // classes, "pda": pda, "images": images, "recipe": recipe.name,
@@ -635,7 +704,7 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, features
             "accuracy": last, "mean": round(statistics.mean(last), 4),
             "std": round(statistics.stdev(last), 4) if runs > 1 else None,
             "best": round(statistics.mean(round(max(curve), 4) for _, curve in judged), 4),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - began + desk.earlier, 1),
             "device": str(data.test.images.device) + (" bf16" if bf16 else ""), "seed": seed}
 
 
@@ -744,7 +813,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int,
                         help="of each row's judges (default: by protocol, recipe and the set's size)")
     args = parser.parse_args(argv)
-    with one_sentence(parser, again="its rows are in results.jsonl: name the others"):
+    with one_sentence(parser, again="its rows are in results.jsonl: name the others; judges in training "
+                                    "go on"):
         run(args, command(__file__, argv))
 
 
@@ -819,7 +889,7 @@ def run(args, typed):
     for source, copies in tqdm(planned, disable=None, leave=False):
         rows.append(evaluate(source, data, ipc=ipc, runs=runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
                              features=features, skip_broken=args.skip_broken, pda=copies, compiled=compiled,
-                             found=found))
+                             found=found, keep=home / "judges"))
         keep(rows[-1])
         tqdm.write(table_line(rows[-1]))
     print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of up to "

@@ -84,6 +84,66 @@ def test_the_challenge_draws_all_six_families_whatever_the_recipe_names(monkeypa
     assert len(seen) == 6
 
 
+class PulledPlug(BaseException):
+    pass
+
+
+def pull_the_plug(monkeypatch, after):
+    """From the optimizer step number `after` on, counted over all judges, training ends as if it was killed."""
+    steps, real = [], torch.optim.SGD.step
+
+    def step(self, *how):
+        steps.append(1)
+        if len(steps) == after:
+            raise PulledPlug
+        return real(self, *how)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+
+
+@pytest.mark.parametrize("recipe", [plain, challenge, gu], ids=["short", "challenge", "gu"])
+@pytest.mark.parametrize("after", [5, 8, 13])                   # of 4 x 4 steps, whose rate falls after 3 or 2
+def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_eval, "SAVE_EVERY", 0)
+    few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]
+    batch = train_eval.PROTOCOLS[recipe.protocol]._replace(batch=20)         # four a judge and epoch
+    monkeypatch.setitem(train_eval.PROTOCOLS, recipe.protocol, batch)
+
+    def trained(desk):
+        pupils = [train_eval.new_pupil(part, recipe, seed) for seed, part in enumerate(few)]
+        curves = train_eval.teach(pupils, few[0], recipe, 4, 4, False, False, desk=desk)
+        return curves, [pupil.judge for pupil in pupils]
+    whole, judges = trained(None)
+    with monkeypatch.context() as plug, pytest.raises(PulledPlug):
+        pull_the_plug(plug, after)
+        trained(train_eval.Desk(tmp_path))
+    state = torch.load(tmp_path / "0-1-2.pt", weights_only=True)
+    assert state["epoch"] == (after - 1) // 4 - 1
+    curves, again = trained(train_eval.Desk(tmp_path))
+    assert curves == whole and largest_gap(again, judges) == 0
+    assert trained(train_eval.Desk(tmp_path))[0] == whole          # those that are done stay as they are
+
+
+def test_a_row_goes_on_with_its_judges_and_adds_its_seconds_up(monkeypatch, tmp_path):
+    data, took = load("digits"), []
+    row = lambda source="random", **how: evaluate(source, data, ipc=2, runs=2, seed=3, epochs=6, **how)
+    whole = row()
+    with monkeypatch.context() as plug, pytest.raises(PulledPlug):
+        plug.setattr(train_eval, "SAVE_EVERY", 0)
+        pull_the_plug(plug, 9)
+        row(keep=tmp_path / "judges")
+    desk, = (tmp_path / "judges").iterdir()
+    for file in desk.iterdir():                                 # as if that had taken a thousand seconds
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "seconds": state["seconds"] + 1000}, file)
+        took.append(state["epoch"])
+    assert sum(took) >= 3
+    other = row("full", keep=tmp_path / "judges")               # another row has a desk of its own
+    assert other["seconds"] < 1000 and desk.exists()
+    again = row(keep=tmp_path / "judges")
+    assert again["accuracy"] == whole["accuracy"] and again["seconds"] > 1000
+    assert not desk.exists()
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
