@@ -357,7 +357,7 @@ class Recipe:
     channels: int              # 1 or 3; of latents 4
     latents: bool              # whether it draws latents, which the autoencoder (vae.py) turns into pictures
     weights: str               # published weights to start from; "" where the base is trained here
-    network: str               # DiT's size: tiny, S, B, L or XL
+    network: str               # DiT's size: tiny, XS, S, B, L or XL
     patch: int                 # pixels (or latent cells) per token side
     steps: int                 # of training the base model
     batch: int
@@ -424,10 +424,13 @@ RECIPES = {
         mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=4_000_000),
 }
 RECIPES["imagenet512"] = replace(RECIPES["imagenet"], name="imagenet512", size=64, weights="DiT-XL-2-512x512")
-# The challenge's two data sets at their own size, 256 tokens both. The judge's numbers are the challenge's;
-# all others were not tuned yet. CIFAR-10 was not part of it.
+# The challenge's two data sets at their own size, 256 tokens both. The judge's numbers are the challenge's.
+# 82 epochs of CIFAR-100, meant to take some ten minutes of a large GPU. The rate was chosen among 2e-4 to
+# 3.2e-3 on a stand-in for a CPU (600 steps of 64 images of 8 pixels, a network as wide and a third as deep:
+# 1.6e-3 was best), and lowered for the depth; all others were not tuned. CIFAR-10 was not part of the
+# challenge.
 RECIPES["cifar100"] = replace(
-    RECIPES["folder"], name="cifar100", network="S", patch=2, steps=100_000, batch=256, lr=2e-4, ema=.9999,
+    RECIPES["folder"], name="cifar100", network="S", patch=2, steps=16_000, batch=256, lr=1e-3, ema=.999,
     tune_steps=0, tune_epochs=8, tune_beta2=.999, tune_ema=.9999, guidance=1.5, protocol="challenge",
     augment="", mean=(.5071, .4866, .4409), std=(.2673, .2564, .2762), epochs=200, views=1_000_000)
 RECIPES["cifar10"] = replace(

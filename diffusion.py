@@ -144,7 +144,8 @@ def learned_log_variance(logits, log_variance, log_beta):
 # B images, N tokens, D width, p pixels per token side, C channels.
 
 SIZES = {                      # depth, width D, heads
-    "tiny": (4, 128, 4), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+    "tiny": (4, 128, 4), "XS": (6, 256, 4),                     # ours; the others are DiT's
+    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 MLP_RATIO = 4
 DIFFFIT_BLOCKS = 14           # DiffFit scales the first 14 blocks only, in DiT-XL/2 as it was published
 
@@ -426,6 +427,7 @@ def rebuild(config, tensors, path, build=None):
     wanted = model.state_dict()
     gammas = {name: torch.ones(wanted[name].shape) for name in wanted
               if "gamma" in name and name not in tensors}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}   # some are kept in bfloat16
     take_weights(model, {**gammas, **tensors}, path, "network")
     return model
 
@@ -765,13 +767,14 @@ def chosen_bf16(asked, device, width):
     return (gains_from_bf16(device) and width >= 192) if asked is None else asked
 
 
-def train_base(data, path, *, steps, seed, device, bf16=None, **how):
+def train_base(data, path, *, steps, seed, device, network=None, bf16=None, **how):
     """Trains the base model of `data` (Data), a DiT, by its recipe and writes it to `path`. how: teach's."""
     recipe = data.recipe
-    config = {"network": recipe.network, "size": recipe.size, "patch": recipe.patch,
+    network = network or recipe.network
+    config = {"network": network, "size": recipe.size, "patch": recipe.patch,
               "channels": recipe.channels, "classes": len(data.train.classes)}
     plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
-                flip=recipe.flip, bf16=chosen_bf16(bf16, device, SIZES[recipe.network][1]))
+                flip=recipe.flip, bf16=chosen_bf16(bf16, device, SIZES[network][1]))
     teach(data, path, config, plan, lambda: DiT(**config), Schedule(device), device=device, **how)
 
 
@@ -804,6 +807,7 @@ def main(argv=None):
     add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier "
                                                   "(default: the recipe's)")
+    parser.add_argument("--network", choices=SIZES, help="how large a DiT (default: the recipe's)")
     parser.add_argument("--weights", nargs="?", const="", metavar="FILE",
                         help="train nothing: take a published DiT-XL-2-256x256.pt or -512x512.pt as the base "
                              "of all ImageNet subsets; without FILE it is fetched (as minimax.py does)")
@@ -814,9 +818,9 @@ def main(argv=None):
             recipe = RECIPES[args.recipe or "imagenet"]
             if not recipe.weights:
                 raise UserError(f"the recipe {args.recipe} has no published weights")
-            if args.out or args.steps:
-                raise UserError("--weights trains nothing and has a place of its own: leave --out and "
-                                "--steps out")
+            if args.out or args.steps or args.network:
+                raise UserError("--weights trains nothing and has a place of its own: leave --out, --steps "
+                                "and --network out")
             import_weights(recipe, args.weights, typed, args.overwrite)
             print("-> python minimax.py --data imagewoof --root DIR" if args.data == "digits" else
                   f"-> python minimax.py{same_data(args, '--recipe')}")
@@ -826,9 +830,9 @@ def main(argv=None):
         if steps < 1:
             raise UserError(f"--steps must be at least 1, not {steps}")
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
-        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device), vae=args.vae,
-                   bf16=args.bf16, compiled=args.compile, skip_broken=args.skip_broken,
-                   overwrite=args.overwrite, typed=typed)
+        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
+                   network=args.network, vae=args.vae, bf16=args.bf16, compiled=args.compile,
+                   skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed)
         print(f"{path} -> python minimax.py{same_data(args, '--recipe', '--out')}"
               + (f" --base {shlex.quote(str(path))}" if args.out else ""))
 

@@ -650,7 +650,8 @@ def main(argv=None):
                              "file (default: %(default)s, as Gu et al., who encode with ema)")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: "
-                             "minimax.safetensors, or all minimax-A-B.safetensors, in --out or out/NAME)")
+                             "minimax.safetensors, or all minimax-A-B.safetensors, in --out or out/NAME; "
+                             "else what came with the code, in weights/NAME)")
     parser.add_argument("--steps", type=number_or_auto, default=10, metavar="N|auto",
                         help="each is a network call, two with guidance; auto tries several and takes what "
                              "is best for the budget (default: %(default)s)")
@@ -719,12 +720,17 @@ def named(device):
     return f"{device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def checkpoints(place, folders, redo):
+def checkpoints(place, folders, redo, shipped):
     """What to sample from: a file, or a list of phases that should hold all classes between them.
 
     place: --checkpoint, a file or a folder, or None for the first of `folders` that holds any. redo: the
-    command that makes one.
+    command that makes one. shipped: a base model that may have come with the code, for who has none.
     """
+    own = any(any(folder.glob("*.safetensors")) for folder in folders)
+    if place is None and not own and shipped.is_file():
+        print(f"no checkpoint in {folders[-1]} yet: drawing from {shipped}, which came with the code and was "
+              f"made by: {read_header(shipped)['command']}")
+        return shipped
     held = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
     folder = place or (held or folders)[0]
     if folder.is_file():
@@ -837,7 +843,8 @@ def run(args, typed):
     name = data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
     out = args.out or home
-    source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}")
+    source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}",
+                         pathlib.Path("weights", name, "base.safetensors"))
     model, header, phases = opened(source, name, device)
     schedule = schedule_of(header["schedule"], home, device)
     guide = guidance_of(args, header)

@@ -212,10 +212,13 @@ def pilot(rows, row):
     return f"{seen[row['steps']]:.1f}" if row["steps"] in seen and row["row"] != "auto" else "–"
 
 
+def table(head, lines):
+    """Markdown: the lines of a table under its head."""
+    return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
+
+
 def tables(rows):
     """The README's generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
-    def table(head, lines):
-        return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
     of = {name: [row for row in rows if row["table"] == name]
           for name in ("main", "ablation", "steps", "solvers", "auto")}
     tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"

@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_are_refused(imagenet, sentence, tmp_path):
     assert "holds no DiT weights" in sentence(diffusion.main, "--weights", tmp_path / "junk.pt")
     assert "there is no file" in sentence(diffusion.main, "--weights", tmp_path / "none.pt")
     said = sentence(diffusion.main, "--weights", imagenet.weights, "--steps", 5)
-    assert "leave --out and --steps out" in said
+    assert "leave --out, --steps and --network out" in said
 
 
 def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sentence, monkeypatch):

@@ -89,7 +89,7 @@ class PulledPlug(BaseException):
 
 
 def pull_the_plug(monkeypatch, after):
-    """From the optimizer step number `after` on, counted over all judges, training ends as if it was killed."""
+    """At the optimizer's step number `after`, counted over all judges, training ends as if it was killed."""
     steps, real = [], torch.optim.SGD.step
 
     def step(self, *how):
@@ -101,7 +101,7 @@ def pull_the_plug(monkeypatch, after):
 
 
 @pytest.mark.parametrize("recipe", [plain, challenge, gu], ids=["short", "challenge", "gu"])
-@pytest.mark.parametrize("after", [5, 8, 13])                   # of 4 x 4 steps, whose rate falls after 3 or 2
+@pytest.mark.parametrize("after", [5, 8, 13])                   # of 16 steps; the rate falls after 8 or 12
 def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_path):
     monkeypatch.setattr(train_eval, "SAVE_EVERY", 0)
     few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]

@@ -1,0 +1,108 @@
+"""benchmarks/cifar100.py goes from an archive to its tables, at sizes of no meaning, and can be stopped."""
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from test_challenge_data import FINE, write_cifar
+from torchvision.datasets import CIFAR100
+
+import data
+import sample
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cifar100
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """CIFAR-100's archive with five pictures a class, and the proof at its least."""
+    write_cifar(tmp_path / "archive", CIFAR100, FINE, monkeypatch)
+    least = cifar100.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",
+                                   budget=.3, last=.6, epochs=1)
+    monkeypatch.setattr(cifar100, "TINY", least)
+    monkeypatch.setattr(cifar100, "seconds", lambda work, *_, **how: work() is None or 1.0)  # of a product
+    return ["--root", str(tmp_path / "archive"), "--tiny", "--device", "cpu"]
+
+
+def rows():
+    return [json.loads(line) for line in pathlib.Path("out/cifar100-few/rows.jsonl").read_text().splitlines()]
+
+
+def again(words):
+    """As in a new process, which has run nothing yet."""
+    cifar100.type_in.cache_clear()
+    cifar100.main(words)
+
+
+def test_it_measures_every_row_once_and_says_how(archive, capsys):
+    again(archive)
+    found = rows()
+    assert len(found) == 26 and "26 of 26 rows are in rows.jsonl" in capsys.readouterr().out
+    for row in found:
+        assert row["command"] and row["seconds"] >= 0
+        assert row["device"] == "cpu" and row["seed"] == 0 and row["data"] == "cifar100-few"
+    by = {(row["table"], row["row"], row["asked"]): row for row in found}
+    chosen = cifar100.best(found, "choice")
+    last, how = by["last", "distilled", 2], cifar100.best(found, "last choice")
+    assert (last["model"], last["steps"]) == (how["model"], how["steps"])
+    assert (last["sampler"], last["guidance"]) == (chosen["sampler"], chosen["guidance"])
+    assert last["protocol"] == "challenge" and last["ipc"] == 2 and last["budget"] == .6
+    assert by["sweep", "base", 2]["protocol"] == "short" == by["sweep", "all real images", None]["protocol"]
+    assert len({row["ipc"] for row in found if row["table"] == "last choice"}) == 1
+    assert "minimax.py" in by["sweep", "+ min-max, adaptive", 2]["command"].split("; ")[1]
+    tables = pathlib.Path("out/cifar100-few/tables.md").read_text()
+    assert f"{by['last', 'distilled', 1]['mean']:.1f} ±" in tables
+    assert pathlib.Path("out/cifar100-few/cifar100-steps.png").is_file()
+    weights = pathlib.Path("out/cifar100-few/weights/cifar100-few/base.safetensors")
+    assert by["sweep", "smaller base", 2]["weights"] == weights.stat().st_size
+    again(archive)
+    assert rows() == found                                      # nothing is measured twice
+
+
+def test_it_can_be_stopped_anywhere_and_goes_on(archive, monkeypatch, capsys):
+    drawn, real = [], sample.distil
+
+    def interrupted(*args):
+        drawn.append(1)
+        if len(drawn) == 6:
+            raise cifar100.TimeIsUp
+        return real(*args)
+    monkeypatch.setattr(sample, "distil", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        again(archive)
+    kept = rows()
+    assert stop.value.code == 1 and 0 < len(kept) < 26
+    assert "goes on with the others" in capsys.readouterr().err
+    again(archive)
+    assert rows()[:len(kept)] == kept and len(rows()) == 26
+
+
+def test_the_clock_rings(archive, capsys):
+    with pytest.raises(SystemExit) as stop:
+        again([*archive, "--minutes", "0.001"])
+    assert stop.value.code == 1 and "the time is up\n0 of 26 rows" in capsys.readouterr().out
+    assert "--minutes must be positive" in refused([*archive, "--minutes", "0"], capsys)
+
+
+def refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cifar100.main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_what_was_not_measured_is_a_dash():
+    parts = cifar100.tables([])
+    assert set(re.findall(r"\d+\.\d", parts["cifar100 last"] + parts["cifar100 sweep"])) == set()
+    assert len(parts["cifar100 sweep"].splitlines()) == 2 + 3 + 7 + 2 + 2 + 1
+    assert "not measured" in parts["cifar100 speed"]
+
+
+def test_the_real_thing_keeps_to_the_challenges_rules():
+    full = cifar100.FULL
+    assert full.last == 600 and full.budget <= 60 and full.epochs is None
+    assert sorted(full.steps) == [5, 10, 15, 20, 25, 30, 50] and set(full.tuned) == {10, 50}
+    assert data.RECIPES["cifar100"].network == "S" and data.RECIPES["cifar100"].patch == 2
