@@ -250,10 +250,10 @@ def speed_row(run):
 
 def small_row(run):
     """Writes the smaller base model to weights/, in bfloat16, and says what images of it are worth."""
-    path, _ = made(SMALL, run)
+    path, line = made(SMALL, run)
     kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / path.name
-    header = {key: value for key, value in read_header(path).items() if key != "fingerprint"}
-    diffusion.save_checkpoint(kept, {name: x.bfloat16() for name, x in load_tensors(path).items()}, header)
+    diffusion.save_checkpoint(kept, {name: tensor.bfloat16() for name, tensor in load_tensors(path).items()},
+                              {**read_header(path), "command": line})
     if kept.stat().st_size > 16e6:
         raise UserError(f"{kept} has {kept.stat().st_size / 1e6:.1f} MB, more than the 16 that are meant")
     row = sweep_row(SMALL, run.scale.tuned[0], run)
@@ -296,7 +296,6 @@ def missing(scale):
 
 def measure(run):
     """Makes all missing rows, one after the other."""
-    run.scale.rows.parent.mkdir(parents=True, exist_ok=True)
     for (name, row, asked), make in missing(run.scale).items():
         made_row = {"table": name, "row": row, "asked": asked, **make(run), "machine": machine(run.device)}
         with open(run.scale.rows, "a") as file:
@@ -464,6 +463,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     scale = TINY if args.tiny else FULL
     with one_sentence(parser):
+        scale.rows.parent.mkdir(parents=True, exist_ok=True)
         if args.minutes is not None:
             if not args.minutes > 0:
                 raise UserError(f"--minutes must be positive, not {args.minutes:g}")
