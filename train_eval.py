@@ -498,6 +498,28 @@ def in_threads(work, jobs):
         torch.set_num_threads(threads)                          # a part of it is for the whole process
 
 
+@functools.cache
+def stacking_pays(net, size, channels, classes, n, device, bf16):
+    """Whether n judges learn faster there as one network (convnet.as_one) than one by one: both are timed."""
+    wait = getattr(torch, device.type).synchronize
+
+    def seconds(count):
+        with torch.random.fork_rng(devices=[]):                 # nobody else's numbers change
+            judges = [convnet.judge(net, size, channels, classes).to(device) for _ in range(count)]
+        weights, network = convnet.as_one(judges)
+        batches = [torch.zeros(256, channels, size, size, device=device)] * count
+        for step in range(13):
+            if step == 3:                                       # warm
+                wait()
+                began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = network(batches)
+            torch.autograd.grad(logits.sum(), weights)
+        wait()
+        return time.perf_counter() - began
+    return seconds(n) < n * seconds(1)
+
+
 def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, compiled=False, name="",
                  desk=None):
     """Fresh judges recipe.net, one for each seed, trained on its set of `trains` and tested on `test`.
@@ -510,7 +532,7 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
 
     On a CPU they train at once, a thread each: a small batch keeps two cores less busy than two batches do.
     On a GPU those of small pictures, between whose calls it waits, train in lockstep, if all sets are of one
-    size (not measured); others one by one.
+    size and a trial says that it is faster; others one by one.
     """
     device, size = test.images.device, recipe.judge_size
     # Held as uint8: as floats, 9,025 images of 224 pixels would be 5 GB. What judges share is held once.
@@ -525,7 +547,9 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
                 print(f"{name} | a judge of {len(trains)} | {curve[-1]:.2f} %", file=sys.stderr, flush=True)
         return curves
     equal = len({len(train.labels) for train in trains}) == 1
-    if device.type != "cpu" and recipe.net in convnet.JUDGES and size <= 64 and equal:
+    small = recipe.net in convnet.JUDGES and size <= 64 and equal and len(pupils) > 1
+    if device.type != "cpu" and small and stacking_pays(
+            recipe.net, size, recipe.colours, len(test.classes), len(pupils), device, bf16):
         curves = work(pupils)
     elif device.type != "cpu" or len(pupils) == 1:
         curves = [work([pupil])[0] for pupil in pupils]

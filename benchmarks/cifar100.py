@@ -440,6 +440,9 @@ def few(root):
 def start(args):
     """The Run that the flags ask for."""
     device, asked = device_named(args.device), [] if args.device == "auto" else ["--device", args.device]
+    if device.type == "cpu" and not asked and not args.tiny:
+        raise UserError("there is no GPU here, and a CPU would take weeks: --tiny shows that all of it runs "
+                        "(--device cpu does it all the same)")
     if args.tiny:
         place = few(args.root)
         found, words = data.load(str(place)), f"--data {place}"

@@ -94,6 +94,12 @@ def refused(words, capsys):
     return capsys.readouterr().err
 
 
+def test_a_cpu_is_not_kept_busy_for_weeks(capsys, monkeypatch):
+    monkeypatch.setattr(cifar100.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cifar100.torch.backends.mps, "is_available", lambda: False)
+    assert "there is no GPU here" in refused([], capsys)
+
+
 def test_what_was_not_measured_is_a_dash():
     parts = cifar100.tables([])
     assert set(re.findall(r"\d+\.\d", parts["cifar100 last"] + parts["cifar100 sweep"])) == set()

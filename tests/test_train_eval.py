@@ -100,6 +100,19 @@ def pull_the_plug(monkeypatch, after):
     monkeypatch.setattr(torch.optim.SGD, "step", step)
 
 
+def test_a_trial_of_stacked_judges_compares_the_two_ways_and_disturbs_nobody(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "synchronize", lambda *_: None)
+    monkeypatch.setattr(train_eval.convnet, "judge", lambda net, size, channels, classes: nn.Sequential(
+        nn.Flatten(), nn.Linear(channels * size * size, classes)))
+    clock = iter([0, 5, 0, 2, 0, 5, 0, 1])                        # begin and end, of n judges and of one
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    before = torch.get_rng_state()
+    how = "convnet3", 16, 1, 10
+    assert train_eval.stacking_pays(*how, 3, torch.device("cpu"), False) is True      # 5 seconds, or 3 x 2
+    assert train_eval.stacking_pays(*how, 4, torch.device("cpu"), False) is False     # 5 seconds, or 4 x 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("recipe", [plain, challenge, gu], ids=["short", "challenge", "gu"])
 @pytest.mark.parametrize("after", [5, 8, 13])                   # of 16 steps; the rate falls after 8 or 12
 def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_path):
