@@ -479,6 +479,14 @@ def dit_config(tensors):
             "learned_variance": outputs == 2 * channels * patch**2}
 
 
+def check_size(found, wanted, file, name):
+    """Refuses published weights of the config `found` where the recipe `name` wants other numbers."""
+    other = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if other:
+        raise UserError(f"{file} is of another size than the recipe {name} ({', '.join(other)}): choose "
+                        "another --recipe")
+
+
 def published_base(recipe):
     """Where a recipe's published weights lie, once they are a checkpoint of ours: all data sets share it."""
     return pathlib.Path("out", recipe.weights, "base.safetensors")
@@ -505,10 +513,7 @@ def convert(recipe, file, path, typed, overwrite):
     if finished(path, settings, overwrite):
         return
     wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
-    other = [f"{key} {config[key]}, not {wanted[key]}" for key in wanted if config[key] != wanted[key]]
-    if other:
-        raise UserError(f"{file} is of another size than the recipe {recipe.weights} ({', '.join(other)}): "
-                        "choose another --recipe")
+    check_size(config, wanted, file, recipe.weights)
     rebuild(config, tensors, file)                              # only to refuse what does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
               "cut": "published weights", "recipe": recipe.name, "classes": imagenet_classes(),

@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from data import (UserError, add_flags, barrier, command, data_print, device_named, fingerprint,
-                  imagenet_classes, load, many_processes, new_parser, one_sentence, rank, same_data)
-from diffusion import (DIFFFIT_BLOCKS, MLP_RATIO, Attention, DiT, Plan, Schedule, chosen_bf16, finished,
-                       new_header, read_published, rebuild, save_checkpoint, scaled, sincos, teach)
+                  imagenet_classes, load, many_processes, new_parser, one_sentence, rank, same_data,
+                  take_weights)
+from diffusion import (DIFFFIT_BLOCKS, MLP_RATIO, Attention, DiT, Plan, Schedule, check_size, chosen_bf16,
+                       finished, new_header, read_published, rebuild, save_checkpoint, scaled, sincos, teach)
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The continuous schedule
@@ -203,14 +204,11 @@ def start_from(model, tensors, classes, path):
     if table is None:
         positions = theirs["pos_embed"]
         theirs["pos_embed"] = torch.cat([mine["pos_embed"][:, :1].to(positions), positions], dim=1)
-    for name in sorted((set(mine) | set(theirs)) - {"label_emb.weight"}):
-        if name not in theirs or name not in mine or mine[name].shape != theirs[name].shape:
-            raise UserError(f"{path} does not fit the network: {name} is missing, unexpected or of another "
-                            "shape")
-        mine[name].copy_(theirs[name])
+    labels = mine["label_emb.weight"]
     for row, place in enumerate(rows_in(table, classes)):
         if place is not None:
-            mine["label_emb.weight"][row].copy_(table[place])
+            labels[row] = table[place]
+    take_weights(model, {**theirs, "label_emb.weight": labels}, path, "network")
 
 
 def rows_in(table, classes):
@@ -300,11 +298,8 @@ def train(args, data, path, typed):
     tensors = None
     if args.weights is not None:
         tensors, theirs = read_published(args.weights, uvit_config, "U-ViT")
-        other = [f"{key} {theirs[key]}, not {config[key]}" for key in ("network", "size", "patch", "channels")
-                 if theirs[key] != config[key]]
-        if other:
-            raise UserError(f"{args.weights} is of another size than the recipe {recipe.name} "
-                            f"({', '.join(other)})")
+        wanted = {key: config[key] for key in ("network", "size", "patch", "channels")}
+        check_size(theirs, wanted, args.weights, recipe.name)
     if plan.steps == 0:
         import_weights(data, tensors, theirs, args.weights, path, args.overwrite, typed)
         return

@@ -198,7 +198,7 @@ def test_imagenets_label_rows_are_found_by_name(tmp_path):
     rows, table = model.state_dict()["label_emb.weight"], tensors["label_emb.weight"]
     assert torch.equal(rows[0], table[7]) and torch.equal(rows[2], table[3])
     assert torch.equal(rows[1], fresh[1]) and torch.equal(rows[3], fresh[3])    # a new class, and "no class"
-    with pytest.raises(UserError, match="file.pth does not fit the network: decoder_pred.bias"):
+    with pytest.raises(UserError, match="file.pth does not fit the network: pos_embed has shape"):
         uvit.start_from(UViT("mini", 8, 4, 1, classes=3), tensors, ["a", "b", "c"], "file.pth")
 
 
