@@ -104,6 +104,14 @@ def test_what_is_said_of_the_solvers_is_what_was_measured():
     assert all(real["coverage_mean"] < row["coverage_mean"] for row in rows.values() if row is not real)
 
 
+def test_auto_took_the_steps_that_are_best_in_full():
+    import digits
+    rows = [row for row in digits.read_rows() if row["table"] == "auto"]
+    full = {row["steps"]: row["mean"] for row in rows if row["row"] != "auto"}
+    taken, = (row["steps"] for row in rows if row["row"] == "auto")
+    assert set(full) == set(sample.CANDIDATES) and max(full, key=full.get) == taken == 10
+
+
 def test_links_lead_somewhere():
     headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
                 for line in re.findall(r"^#+ (.*)", README, re.M)}
