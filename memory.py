@@ -12,6 +12,8 @@ picture in [-1, 1], or, as in the papers, its latent.
 
     python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -36,12 +38,14 @@ def drop_by_similarity(entries, slots, most):
         return entries
     wide = entries if entries.device.type != "mps" else entries.cpu()       # which has no float64
     unit = F.normalize(wide.double(), dim=1)                                # (m, D)
-    similarity = (unit @ unit.T).cpu()                          # (m, m); the loop is serial
-    kept = torch.arange(len(entries))
-    while len(kept) > slots:
-        degree = similarity[kept][:, kept].sum(dim=1).round(decimals=9)     # (m,)
-        drop = degree.argmax() if most else degree.argmin()                 # the first of equals
-        kept = torch.cat([kept[:drop], kept[drop + 1:]])
+    similarity = unit @ unit.T                                              # (m, m)
+    place = torch.arange(len(entries), device=unit.device)
+    gone = torch.zeros_like(place, dtype=torch.bool)
+    for _ in range(len(entries) - slots):                       # without asking a GPU what it found
+        degree = (similarity * ~gone).sum(dim=1).round(decimals=9)          # (m,)
+        drop = (degree if most else -degree).masked_fill(gone, -math.inf).argmax()      # the first of equals
+        gone |= place == drop
+    kept = gone.int().argsort(stable=True)[:slots]              # (slots,), in order of arrival
     return entries[kept.to(entries.device)]
 
 

@@ -7,11 +7,12 @@
     python train_eval.py --data imagewoof --root DIR --net resnet18     # by Gu et al.'s; not measured either
 
 A judge sees the training set alone, under one of three protocols, all with SGD 0.01, momentum 0.9, weight
-decay 5e-4. "challenge", to the letter: ConvNetD3-W128 in float32, 1,001 epochs, batches of 256, a tenth of
-the rate and a fresh optimizer after half of the epochs, one of six families of augmentations per batch,
-three judges. "short", for digits and folders: the same with fewer epochs and the recipe's families, five
-judges. "gu", for ImageNet's subsets: ResNetAP-10 or another net at 224 pixels, batches of 64, a fifth of the
-rate after two thirds and again after five sixths, crops, mirrors, colours and CutMix on every batch.
+decay 5e-4. "challenge", to the letter: ConvNetD3-W128 in float32 (on a GPU its convolutions are TF32, as
+torch has it), 1,001 epochs, batches of 256, a tenth of the rate and a fresh optimizer after half of the
+epochs, one of six families of augmentations per batch, three judges. "short", for digits and folders: the
+same with fewer epochs and the recipe's families, five judges. "gu", for ImageNet's subsets: ResNetAP-10 or
+another net at 224 pixels, batches of 64, a fifth of the rate after two thirds and again after five sixths,
+crops, mirrors, colours and CutMix on every batch.
 The number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation
 over n judges (a new draw for each of "random" and "kmeans"). The best of ten epochs (gu: of a hundred),
 evenly spread, stands beside it because others report a best one. Below the table: what a set loses to all
@@ -380,7 +381,7 @@ def new_pupil(train, recipe, seed):
 class Desk:
     """The folder in which judges leave their work, so that a row that was stopped goes on: None is nowhere.
 
-    A file for each group that trains in lockstep; `clear` once the row is written.
+    A file for each group that trains in lockstep; `clear` once all of the row's judges are done.
     """
 
     def __init__(self, folder=None):
@@ -388,6 +389,10 @@ class Desk:
 
     def file(self, pupils):
         return self.folder / ("-".join(str(pupil.seed) for pupil in pupils) + ".pt")
+
+    def holds(self, pupils):
+        """Whether these were trained here as one group."""
+        return self.folder is not None and self.file(pupils).is_file()
 
     def seconds(self):
         """Since this row began, what it took before it was stopped included."""
@@ -406,7 +411,7 @@ class Desk:
 
         optimizer_of: rate -> optimizer of their weights.
         """
-        if self.folder is None or not self.file(pupils).is_file():
+        if not self.holds(pupils):
             return 0, None, [[] for _ in pupils]
         state = torch.load(self.file(pupils), map_location="cpu", weights_only=True)
         for pupil, tensors, (g, host) in zip(pupils, state["judges"], state["chance"], strict=True):
@@ -548,8 +553,12 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
         return curves
     equal = len({len(train.labels) for train in trains}) == 1
     small = recipe.net in convnet.JUDGES and size <= 64 and equal and len(pupils) > 1
-    if device.type != "cpu" and small and stacking_pays(
-            recipe.net, size, recipe.colours, len(test.classes), len(pupils), device, bf16):
+
+    def together():                                             # as before the stop, or as a trial says
+        begun = desk and (desk.holds(pupils) or desk.holds(pupils[:1]))
+        return desk.holds(pupils) if begun else stacking_pays(
+            recipe.net, size, recipe.colours, len(test.classes), len(pupils), device, bf16)
+    if device.type != "cpu" and small and together():
         curves = work(pupils)
     elif device.type != "cpu" or len(pupils) == 1:
         curves = [work([pupil])[0] for pupil in pupils]

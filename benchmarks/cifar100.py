@@ -12,6 +12,10 @@ be chosen is chosen on a fifth of the training images (section 2); the test spli
 Rows go to results/cifar100.jsonl, each with its command, seconds, device and seed; tables, plots and contact
 sheet to the README and assets/; a small base model to weights/. The whole is not timed: no GPU was at hand.
 """
+import time
+
+STARTED = time.monotonic()                                      # imports take their time, too
+
 import functools
 import itertools
 import json
@@ -22,7 +26,6 @@ import shutil
 import signal
 import statistics
 import sys
-import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,7 +37,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import digits
 from digits import pyplot, spread, table, write_readme
-from throughput import flops, seconds
+from throughput import flops, matrix_rate
 
 import data
 import diffusion
@@ -47,6 +50,7 @@ from train_eval import count_epochs, evaluate, first_of_each, read_distilled, tr
 MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
 REAL, ALL = "real, at random", "all real images"
 BASE, FIFO, ADAPTIVE, SMALL = "base", "+ min-max, FIFO", "+ min-max, adaptive", "smaller base"
+MODELS = BASE, FIFO, ADAPTIVE
 SWEEP = (REAL, ALL, BASE, FIFO, ADAPTIVE, SMALL)                # the order of its table
 SAMPLERS, GUIDANCES = ("ddim", "dpm++2m"), (1, 1.5)
 PILOT_JUDGES = 2
@@ -59,20 +63,22 @@ class Scale(NamedTuple):
     small: str             # the same, of the base model that goes to weights/
     tune: str              # of minimax.py
     draw: str              # of sample.py
-    steps: tuple           # of the sweep, most important first
-    tuned: tuple           # of the fine-tuned models in it; the first is also that of the choices
+    steps: tuple           # of the sweep
+    tuned: tuple           # of the fine-tuned models in it; the first is also that of the first choice
     budget: float          # seconds for each of its sets
     last: float            # seconds for the last set
-    ipcs: tuple            # how many of the last set's images a class judges learn from
-    real: tuple            # and how many real ones
+    ipcs: tuple            # how many of the last set's images a class judges learn from, most wanted first
+    real: tuple            # how many real ones, some of the same
     epochs: int | None     # of all judges; None: the protocol's
 
 
+# 20 seconds are drawn in blocks of 500 images, so that 50 guided steps are still some ten blocks; 1,500 steps
+# of fine-tuning are two epochs. None of these numbers was tuned.
 FULL = Scale(ROOT / "results" / "cifar100.jsonl", "--compile", "--network XS --compile",
-             "--steps 1500", "--batch 500", (50, 10, 5, 20, 15, 25, 30), (10, 50), 20, 600,
+             "--steps 1500", "--batch 500", (5, 10, 15, 20, 25, 30, 50), (10, 50), 20, 600,
              (50, 10, 100, 500), (10, 50), None)
 TINY = Scale(pathlib.Path("out/cifar100-few/rows.jsonl"), "--steps 20", "--network XS --steps 2", "--steps 4",
-             "--batch 8", (4, 2), (2, 4), 3, 6, (2, 1), (1, 2), 2)
+             "--batch 8", (2, 4), (2, 4), 3, 6, (2, 1), (1, 2), 2)
 
 
 class Run(NamedTuple):
@@ -80,7 +86,7 @@ class Run(NamedTuple):
     scale: Scale
     place: str             # words that say where the images are, as they stand in the rows: "--root DIR"
     root: str | None       # what DIR is
-    asked: list            # ["--device", NAME] where one was asked for
+    words: list            # ["--device", NAME] where one was asked for
     device: torch.device
     data: data.Data        # on the CPU, but for the images to test on
 
@@ -96,7 +102,7 @@ class Run(NamedTuple):
 def typed(line, run):
     """ "python X.py ..." -> X.py and the words that its main() gets: DIR becomes the place it stands for."""
     _, script, *words = shlex.split(line)
-    return script, (*(run.root if word == "DIR" else word for word in words), *run.asked)
+    return script, (*(run.root if word == "DIR" else word for word in words), *run.words)
 
 
 @functools.cache
@@ -120,9 +126,7 @@ def made(model, run):
     """(a model's checkpoint, all commands that make it), made where it is not there, its base before it."""
     before = [made(BASE, run)[1]] if model in (FIFO, ADAPTIVE) else []
     line, path = model_line(model, run)
-    # the file says it quicker than the stage, which would read all images first
-    if not path.is_file() or read_header(path)["command"] != data.command(*typed(line, run)):
-        type_in(*typed(line, run))
+    type_in(*typed(line, run))
     return path, "; ".join([*before, line])
 
 
@@ -143,8 +147,12 @@ def drawn(model, sampler, steps, guidance, budget, run):
             f"--guidance {guidance:g} --seconds {budget:g} {run.scale.draw} --npz --out {out}")
     type_in(*typed(line, run))
     record = json.loads((out / "distilled.json").read_text())
-    facts = {"model": model, "sampler": sampler, "steps": steps, "guidance": guidance, "budget": budget,
-             "drawn": round(record["seconds"], 2)}
+    weights = record["settings"]["weights"]
+    if any(row.get("model") == model and row["weights"] != weights for row in read_rows(run.scale)):
+        raise UserError(f"{run.scale.rows} has rows of another {path} ({model}) than the one that is there: "
+                        "bring that back, or take all rows out")
+    facts = {"model": model, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance,
+             "budget": budget, "drawn": round(record["seconds"], 2)}
     return Drawn(f"{out}/distilled.npz", record["ipc"], f"{lines}; {line}", facts)
 
 
@@ -152,22 +160,21 @@ def drawn(model, sampler, steps, guidance, budget, run):
 # 2. Choices: by short judges, on a fifth of the training images
 #
 # The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. First the
-# sampler and the guidance of all sets, each pilot a set of the sweep's budget. Then the model and the steps
-# of the last set: by the sweep's own sets, cut to the size of the smallest, since the last set will hold more
-# images than judges have time for, so that their quality decides and not their number.
+# sampler and the guidance of all sets, then the model and the steps of the last one. A pilot is a set of the
+# sweep's budget, cut to the size of the smallest among its rivals: the last set will hold more images than
+# judges have time for, so that their quality decides and not their number.
 
 
-def pilot(found, ipc, run):
-    """A row: the accuracy of short judges that saw the first ipc of each class in `found`, or all of it."""
-    began = time.monotonic()
+def pilot(found, rivals, run):
+    """A row: the accuracy of short judges on the set `found`, cut to the smallest of its rivals."""
+    began, ipc = time.monotonic(), min(rival.ipc for rival in rivals)
     held, recipe = split(run.data.train, .2)[1].to(run.device), replace(run.data.recipe, protocol="short")
-    train = read_distilled(found.place, run.data)
-    train = (first_of_each(train, ipc) if ipc else train).to(run.device)
+    train = first_of_each(read_distilled(found.place, run.data), ipc).to(run.device)
     epochs = run.scale.epochs or count_epochs(recipe, len(train.labels), len(train.classes))
     bf16 = gains_from_bf16(run.device)
     judges = train_judges([train] * PILOT_JUDGES, held, recipe, epochs, range(PILOT_JUDGES), bf16=bf16)
     accuracies = [round(curve[-1], 4) for _, curve in judges]
-    return {"data": run.data.name, **found.facts, "ipc": ipc or found.ipc, "accuracy": accuracies,
+    return {"data": run.data.name, **found.facts, "ipc": ipc, "accuracy": accuracies,
             "mean": round(statistics.mean(accuracies), 4), "std": round(statistics.stdev(accuracies), 4),
             "runs": PILOT_JUDGES, "epochs": epochs, "seed": 0, "seconds": round(time.monotonic() - began, 1),
             "device": str(run.device) + " bf16" * bf16, "command": found.lines}
@@ -184,15 +191,17 @@ def swept(model, steps, run):
     return drawn(model, chosen["sampler"], steps, chosen["guidance"], run.scale.budget, run)
 
 
+def first_pilot(sampler, guidance, run):
+    """A pilot for the sampler and the guidance of all sets."""
+    sets = {how: drawn(BASE, how[0], run.scale.tuned[0], how[1], run.scale.budget, run)
+            for how in itertools.product(SAMPLERS, GUIDANCES)}
+    return pilot(sets[sampler, guidance], sets.values(), run)
+
+
 def last_pilot(model, steps, run):
-    """A pilot of the last set's choice: as many images a class as the smallest of its candidates has."""
-    sets = {key: swept(*key, run) for key in last_candidates(run.scale)}
-    return pilot(sets[model, steps], min(found.ipc for found in sets.values()), run)
-
-
-def last_candidates(scale):
-    """(model, steps) of each pilot for the last set."""
-    return [(model, steps) for model in (BASE, FIFO, ADAPTIVE) for steps in scale.tuned]
+    """A pilot for the model and the steps of the last set."""
+    sets = {how: swept(*how, run) for how in itertools.product(MODELS, run.scale.tuned)}
+    return pilot(sets[model, steps], sets.values(), run)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -228,23 +237,19 @@ def last_row(ipc, run):
 
 
 def speed_row(run):
-    """How fast the base was trained, in its second half, and its share of a matrix product's rate."""
+    """How fast the base was trained, and its share of a matrix product's rate."""
     path, line = made(BASE, run)
-    header, file = read_header(path), path.with_suffix(".log.jsonl")
-    log = [json.loads(line) for line in file.read_text().splitlines()]
-    middle, end = log[len(log) // 2 - 1], log[-1]
-    batch, spent = header["settings"]["batch"], end["seconds"] - middle["seconds"]
-    rate = (end["step"] - middle["step"]) * batch / spent
-    model, recipe = diffusion.DiT(**header["config"]), run.data.recipe
-    x = torch.randn(1, recipe.channels, recipe.size, recipe.size)
+    header, log = read_header(path), path.with_suffix(".log.jsonl").read_text().splitlines()
+    settings, recipe, log = header["settings"], run.data.recipe, [json.loads(entry) for entry in log]
+    rate = settings["batch"] * statistics.median(               # a stop, or compiling, slows one interval
+        (b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(log))
+    model, x = diffusion.DiT(**header["config"]), torch.randn(1, recipe.channels, recipe.size, recipe.size)
     image = flops(lambda: model(x, torch.tensor([500.]), torch.tensor([0])).sum().backward())
-    a, b = torch.randn(2, 4096, 4096, device=run.device,
-                       dtype=torch.bfloat16 if header["settings"]["bf16"] else torch.float32)
-    product = 2 * 4096**3 / seconds(lambda: a @ b, run.device, rounds=3)
-    return {"data": run.data.name, "images_per_second": round(rate, 1), "gflop_per_image": image / 1e9,
-            "matrix_tflops": product / 1e12, "share": image * rate / product, "steps": end["step"],
-            "batch": batch, "bf16": header["settings"]["bf16"], "seconds": round(end["seconds"], 1),
-            "device": str(run.device), "seed": header["settings"]["seed"],
+    product = matrix_rate(run.device, torch.bfloat16 if settings["bf16"] else torch.float32, 4096)
+    return {"data": run.data.name, "weights": header["fingerprint"], "images_per_second": round(rate, 1),
+            "gflop_per_image": image / 1e9, "matrix_tflops": product / 1e12, "share": image * rate / product,
+            "steps": log[-1]["step"], "batch": settings["batch"], "bf16": settings["bf16"],
+            "seconds": round(log[-1]["seconds"], 1), "device": str(run.device), "seed": settings["seed"],
             "command": line}
 
 
@@ -257,29 +262,28 @@ def small_row(run):
     if kept.stat().st_size > 16e6:
         raise UserError(f"{kept} has {kept.stat().st_size / 1e6:.1f} MB, more than the 16 that are meant")
     row = sweep_row(SMALL, run.scale.tuned[0], run)
-    return {**row, "weights": kept.stat().st_size}
+    return {**row, "bytes": kept.stat().st_size}
 
 
 def jobs(scale):
     """{(table, row, what was asked): a function of the Run that makes it}, the order of the work."""
     found = {("speed", BASE, None): speed_row}
     for sampler, guidance in itertools.product(SAMPLERS, GUIDANCES):
-        how = sampler, scale.tuned[0], guidance, scale.budget
-        found["choice", f"{sampler}, guidance {guidance:g}", scale.tuned[0]] = lambda run, how=how: pilot(
-            drawn(BASE, *how, run), None, run)
+        found["choice", f"{sampler}, guidance {guidance:g}", scale.tuned[0]] = functools.partial(
+            first_pilot, sampler, guidance)
+    for model, steps in itertools.product(MODELS, scale.tuned):
+        found["last choice", model, steps] = functools.partial(last_pilot, model, steps)
+    sizes = [(name, ipc) for ipc in scale.ipcs for name in ("distilled", REAL)
+             if name != REAL or ipc in scale.real]
+    for name, ipc in sizes:
+        found["last", name, ipc] = functools.partial(last_row, ipc) if name != REAL else functools.partial(
+            judged, "random", ipc, "challenge")
     for ipc in scale.real:
-        found["sweep", REAL, ipc] = lambda run, ipc=ipc: judged("random", ipc, "short", run)
-    found["sweep", ALL, None] = lambda run: judged("full", None, "short", run)
-    for model, counts in ((BASE, scale.steps), (FIFO, scale.tuned), (ADAPTIVE, scale.tuned)):
-        for steps in counts:
-            found["sweep", model, steps] = lambda run, m=model, steps=steps: sweep_row(m, steps, run)
-    for model, steps in last_candidates(scale):
-        found["last choice", model, steps] = lambda run, m=model, steps=steps: last_pilot(m, steps, run)
-    for ipc in scale.ipcs:
-        found["last", "distilled", ipc] = lambda run, ipc=ipc: last_row(ipc, run)
-    for ipc in scale.real:
-        found["last", REAL, ipc] = lambda run, ipc=ipc: judged("random", ipc, "challenge", run)
-    found["last", ALL, None] = lambda run: judged("full", None, "challenge", run)
+        found["sweep", REAL, ipc] = functools.partial(judged, "random", ipc, "short")
+    found["sweep", ALL, None] = functools.partial(judged, "full", None, "short")
+    for model, steps in [*itertools.product(MODELS, scale.tuned), *((BASE, steps) for steps in scale.steps)]:
+        found["sweep", model, steps] = functools.partial(sweep_row, model, steps)
+    found["last", ALL, None] = functools.partial(judged, "full", None, "challenge")
     found["sweep", SMALL, scale.tuned[0]] = small_row
     return found
 
@@ -333,8 +337,8 @@ def tables(rows, scale=FULL):
 
     def last(who, asked, row):
         by = f"{who}: {row['model']}, {row['steps']} steps" if "model" in row else who
-        return (by, asked or "all", accuracy(row), cell(row, "best", "{:.1f}"), cell(row, "drawn", "{:.0f}"),
-                cell(row, "seconds", "{:.0f}"), cell(row, "command", "`{}`"))
+        return (by, row.get("ipc", asked or "all"), accuracy(row), cell(row, "best", "{:.1f}"),
+                cell(row, "drawn", "{:.0f}"), cell(row, "seconds", "{:.0f}"), cell(row, "command", "`{}`"))
 
     def sweep(who, asked, row):
         real = who in (REAL, ALL)
@@ -471,7 +475,9 @@ def main(argv=None):
             if not args.minutes > 0:
                 raise UserError(f"--minutes must be positive, not {args.minutes:g}")
             signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
+            # since the start, imports included; again every ten seconds, should the first be swallowed
+            left = max(0.001, 60 * args.minutes - time.monotonic() + STARTED)
+            signal.setitimer(signal.ITIMER_REAL, left, 10)
         try:
             if not args.tables and missing(scale):
                 measure(start(args))

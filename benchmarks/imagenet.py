@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from throughput import flops, seconds
+from throughput import flops, matrix_rate, seconds
 
 from data import RECIPES, add_flags, device_named, new_parser, one_sentence, to_uint8
 from diffusion import SIZES, Denoised, DiT, Plan, Trainer, chosen_bf16, difffit_parameters
@@ -128,8 +128,7 @@ def main(argv=None):
         torch.manual_seed(0)
         width = 8192 if device.type == "cuda" else 2048
         kind = torch.bfloat16 if bf16 else torch.float32
-        a, b = torch.randn(2, width, width, device=device).to(kind)
-        product = 2 * width**3 / seconds(lambda: a @ b, device)
+        product = matrix_rate(device, kind, width)
         cores = f"{torch.get_num_threads()} CPU cores"
         where = torch.cuda.get_device_name() if device.type == "cuda" else cores
         print(f"matrix product, {width} wide, {'bf16' if bf16 else 'fp32'} | {product / 1e12:.2f} TFLOP/s | "

@@ -56,6 +56,12 @@ def flops(work):
     return counter.get_total_flops()
 
 
+def matrix_rate(device, dtype=torch.float32, width=2048):
+    """Operations a second of a matrix product: what the others are a share of."""
+    a, b = torch.randn(2, width, width, device=device).to(dtype)
+    return 2 * width**3 / seconds(lambda: a @ b, device)
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("--device", default="auto",
@@ -70,8 +76,7 @@ def measure(device):
     torch.manual_seed(0)
     _, recipe, train, _, _ = load()
     train, rows = train.to(device), torch.arange(11, device=device)
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    product = 2 * 2048**3 / seconds(lambda: a @ b, device)
+    product = matrix_rate(device)
     print(f"matrix product, 2048 wide, fp32 | {product / 1e9:.0f} GFLOP/s | "
           f"device {device}, {torch.get_num_threads()} threads")
 
@@ -130,8 +135,7 @@ def measure(device):
 
     bf16 = gains_from_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = a.to(dtype), b.to(dtype)
-    product = 2 * 2048**3 / seconds(lambda: a @ b, device)
+    product = matrix_rate(device, dtype)
     x, t, y = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device), labels[:16]
     for name, network in (("DiT-S/2", DiT("S", 32, 2, 3, 100)), ("U-ViT-S/2", UViT("S", 32, 2, 3, 100))):
         forward = torch.no_grad()(functools.partial(network.to(device, dtype).eval(), x, t, y))

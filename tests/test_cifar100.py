@@ -2,6 +2,7 @@
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -23,7 +24,7 @@ def archive(tmp_path, monkeypatch):
     least = cifar100.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",
                                    budget=.3, last=.6, epochs=1)
     monkeypatch.setattr(cifar100, "TINY", least)
-    monkeypatch.setattr(cifar100, "seconds", lambda work, *_, **how: work() is None or 1.0)  # of a product
+    monkeypatch.setattr(cifar100, "matrix_rate", lambda *_: 1e12)
     return ["--root", str(tmp_path / "archive"), "--tiny", "--device", "cpu"]
 
 
@@ -51,15 +52,35 @@ def test_it_measures_every_row_once_and_says_how(archive, capsys):
     assert (last["sampler"], last["guidance"]) == (chosen["sampler"], chosen["guidance"])
     assert last["protocol"] == "challenge" and last["ipc"] == 2 and last["budget"] == .6
     assert by["sweep", "base", 2]["protocol"] == "short" == by["sweep", "all real images", None]["protocol"]
-    assert len({row["ipc"] for row in found if row["table"] == "last choice"}) == 1
+    for name in ("choice", "last choice"):                      # rivals are compared at one size
+        assert len({row["ipc"] for row in found if row["table"] == name}) == 1
     assert "minimax.py" in by["sweep", "+ min-max, adaptive", 2]["command"].split("; ")[1]
     tables = pathlib.Path("out/cifar100-few/tables.md").read_text()
     assert f"{by['last', 'distilled', 1]['mean']:.1f} ±" in tables
     assert pathlib.Path("out/cifar100-few/cifar100-steps.png").is_file()
     weights = pathlib.Path("out/cifar100-few/weights/cifar100-few/base.safetensors")
-    assert by["sweep", "smaller base", 2]["weights"] == weights.stat().st_size
+    assert by["sweep", "smaller base", 2]["bytes"] == weights.stat().st_size
     again(archive)
     assert rows() == found                                      # nothing is measured twice
+
+
+def test_rows_of_two_models_are_never_mixed(archive, monkeypatch, capsys):
+    jobs = cifar100.jobs
+    monkeypatch.setattr(cifar100, "jobs", lambda scale: dict(list(jobs(scale).items())[:3]))
+    again(archive)
+    found = rows()
+    shutil.rmtree("out/cifar100-few")                           # a machine was lost, but not its rows
+    scale = cifar100.TINY
+    scale.rows.parent.mkdir()
+    scale.rows.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
+    again(archive)
+    assert [row["weights"] for row in rows()] == [found[0]["weights"]] * 3       # the same model, made again
+    shutil.rmtree("out/cifar100-few")
+    scale.rows.parent.mkdir()
+    scale.rows.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
+    monkeypatch.setattr(cifar100, "TINY", scale._replace(base="--steps 3"))
+    cifar100.type_in.cache_clear()
+    assert "rows of another out/cifar100-few/base.safetensors (base)" in refused(archive, capsys)
 
 
 def test_it_can_be_stopped_anywhere_and_goes_on(archive, monkeypatch, capsys):
