@@ -480,7 +480,10 @@ def dit_config(tensors):
 
 
 def check_size(found, wanted, file, name):
-    """Refuses published weights of the config `found` where the recipe `name` wants other numbers."""
+    """Raises UserError where published weights' config `found` differs from `wanted` in one of its keys.
+
+    name: of the recipe that wants them.
+    """
     other = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if other:
         raise UserError(f"{file} is of another size than the recipe {name} ({', '.join(other)}): choose "
@@ -513,7 +516,7 @@ def convert(recipe, file, path, typed, overwrite):
     if finished(path, settings, overwrite):
         return
     wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
-    check_size(config, wanted, file, recipe.weights)
+    check_size(config, wanted, file, recipe.name)
     rebuild(config, tensors, file)                              # only to refuse what does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
               "cut": "published weights", "recipe": recipe.name, "classes": imagenet_classes(),

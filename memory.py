@@ -39,12 +39,11 @@ def drop_by_similarity(entries, slots, most):
     wide = entries if entries.device.type != "mps" else entries.cpu()       # which has no float64
     unit = F.normalize(wide.double(), dim=1)                                # (m, D)
     similarity = unit @ unit.T                                              # (m, m)
-    place = torch.arange(len(entries), device=unit.device)
-    gone = torch.zeros_like(place, dtype=torch.bool)
+    gone = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
     for _ in range(len(entries) - slots):                       # without asking a GPU what it found
         degree = (similarity * ~gone).sum(dim=1).round(decimals=9)          # (m,)
-        drop = (degree if most else -degree).masked_fill(gone, -math.inf).argmax()      # the first of equals
-        gone |= place == drop
+        degree = (degree if most else -degree).masked_fill(gone, -math.inf)
+        gone.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)       # the first of equals
     kept = gone.int().argsort(stable=True)[:slots]              # (slots,), in order of arrival
     return entries[kept.to(entries.device)]
 

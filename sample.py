@@ -401,7 +401,7 @@ class NpzFile:
 
     Its blocks wait beside it until all are drawn and joined, and distilled.json says so.
     """
-    FINISH = 8                 # 6 were measured, on 200,000 images of 32 pixels
+    FINISH = 8                 # 6 were measured, on 200,000 images of 32 pixels; writing alone fills a cache
 
     def __init__(self, out, classes):
         self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
@@ -458,18 +458,19 @@ class TooShort(UserError):
 
 
 def distil(draw, store, record, total, budget, batch, save):
-    """Draws block after block into `store` until `total` images exist or the next block would pass `budget`.
+    """Draws block after block into `store` until `total` images exist, or until the next block, and joining
+    them all, would pass `budget` seconds.
 
     draw: items -> (n, C, H, W) uint8. record: what is kept in distilled.json; its "seconds" (wall clock from
-    the first batch to the last file on disk) go on from where a stopped run was, and so do the "longest"
-    block's and the "writing" ones. save: writes the record. Of many processes each draws one block of every
-    wave, and all of them stop after the same wave. The first that is drawn takes longer, for it warms up: it
-    is forgotten once there is a second.
+    the first batch to the last file on disk) go on from where a stopped run was, as do the seconds of the
+    "longest" block and of all "writing". save: writes the record. Of many processes each draws one block of
+    every wave, and all of them stop after the same wave. The first that a process draws takes longer, for it
+    warms up: it is forgotten once there is a second.
     Returns the (label, index) of the images of all complete rounds; no others are kept. Raises UserError
     where the budget holds no round (TooShort), or was spent before.
     """
     known = longest = record.get("longest", 0.0)
-    if record["seconds"] - known > budget:
+    if record["seconds"] - known > budget:                      # the last block may have gone beyond it
         raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
                         f"{budget:g}: raise it, or choose --out ELSEWHERE")
     K, done, wave, drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
@@ -491,7 +492,8 @@ def distil(draw, store, record, total, budget, batch, save):
                     writing += time.monotonic()
                 spent, drawn = of_all(time.monotonic() - started), drawn + 1
                 longest = max(known if drawn <= 2 else longest, spent)
-                record.update(seconds=time.monotonic() - began, longest=longest, writing=writing)
+                record.update(seconds=time.monotonic() - began, longest=known if drawn == 1 else longest,
+                              writing=writing)
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
@@ -738,7 +740,7 @@ def checkpoints(place, folders, redo, shipped):
     """What to sample from: a file, or a list of phases that should hold all classes between them.
 
     place: --checkpoint, a file or a folder, or None for the first of `folders` that holds any. redo: the
-    command that makes one. shipped: a base model that may have come with the code, for who has none.
+    command that makes one. shipped: a base model that may have come with the code, for those who have none.
     """
     own = any(any(folder.glob("*.safetensors")) for folder in folders)
     if place is None and not own and shipped.is_file():

@@ -17,7 +17,8 @@ The number to quote is the LAST epoch's accuracy on the real test split, mean +-
 over n judges (a new draw for each of "random" and "kmeans"). The best of ten epochs (gu: of a hundred),
 evenly spread, stands beside it because others report a best one. Below the table: what a set loses to all
 real images, and gains over as many random ones (section 4).
-Appends each row to out/digits/results.jsonl. Stopped, even killed, it goes on with the judges in training.
+Appends each row to out/digits/results.jsonl. A row that was stopped, even killed, goes on from its judges'
+last state (out/digits/judges); rows that were done are trained again.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
 Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation).
 """
@@ -379,7 +380,7 @@ def new_pupil(train, recipe, seed):
 
 
 class Desk:
-    """The folder in which judges leave their work, so that a row that was stopped goes on: None is nowhere.
+    """Where judges in training are kept, so that a stopped row goes on. folder: None keeps nothing.
 
     A file for each group that trains in lockstep; `clear` once all of the row's judges are done.
     """
@@ -407,9 +408,9 @@ class Desk:
             "seconds": self.seconds()})
 
     def take(self, pupils, optimizer_of):
-        """Brings the pupils to where they were: (epochs done, optimizer, accuracies), or a start.
+        """Brings the pupils, in place, to where they were: (epochs done, optimizer, accuracies of each).
 
-        optimizer_of: rate -> optimizer of their weights.
+        (0, None, empty lists) where nothing was kept. optimizer_of: rate -> optimizer of their weights.
         """
         if not self.holds(pupils):
             return 0, None, [[] for _ in pupils]
@@ -418,7 +419,7 @@ class Desk:
             pupil.judge.load_state_dict(tensors)                # in place: a stack's judges stay its views
             pupil.g.set_state(g)
             pupil.host.set_state(host)
-        optimizer = optimizer_of(0.0)
+        optimizer = optimizer_of(0.0)                           # the state brings the rate
         optimizer.load_state_dict(state["optimizer"])
         self.earlier = max(self.earlier, state["seconds"])      # groups may work at once
         return state["epoch"] + 1, optimizer, state["accuracies"]
@@ -505,7 +506,11 @@ def in_threads(work, jobs):
 
 @functools.cache
 def stacking_pays(net, size, channels, classes, n, device, bf16):
-    """Whether n judges learn faster there as one network (convnet.as_one) than one by one: both are timed."""
+    """Whether n judges learn faster there as one network (convnet.as_one) than one by one.
+
+    Timed by ten passes, forward and back, of 256 black images of `size` pixels, without optimizer,
+    augmentation and compilation.
+    """
     wait = getattr(torch, device.type).synchronize
 
     def seconds(count):
@@ -533,7 +538,8 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
     `looks` epochs evenly spread (default: the protocol's); the last is the last epoch's. The same seed gives
     the same weights, batches and augmentations whoever trains beside; on a CPU also the same bits, if as many
     threads work for it. name: what a pipe, which sees no progress bar, is told of as judges are done.
-    desk: a Desk of this training alone, whose seeds differ. Raises UserError where a loss is not finite.
+    desk: a Desk of this training alone; its files are named by the seeds, which must differ. Raises UserError
+    where a loss is not finite.
 
     On a CPU they train at once, a thread each: a small batch keeps two cores less busy than two batches do.
     On a GPU those of small pictures, between whose calls it waits, train in lockstep, if all sets are of one
@@ -552,13 +558,13 @@ def train_judges(trains, test, recipe, epochs, seeds, looks=None, bf16=False, co
                 print(f"{name} | a judge of {len(trains)} | {curve[-1]:.2f} %", file=sys.stderr, flush=True)
         return curves
     equal = len({len(train.labels) for train in trains}) == 1
-    small = recipe.net in convnet.JUDGES and size <= 64 and equal and len(pupils) > 1
+    stackable = recipe.net in convnet.JUDGES and size <= 64 and equal and len(pupils) > 1
 
-    def together():                                             # as before the stop, or as a trial says
-        begun = desk and (desk.holds(pupils) or desk.holds(pupils[:1]))
-        return desk.holds(pupils) if begun else stacking_pays(
-            recipe.net, size, recipe.colours, len(test.classes), len(pupils), device, bf16)
-    if device.type != "cpu" and small and together():
+    def together():
+        if desk and (desk.holds(pupils) or desk.holds(pupils[:1])):         # as before the stop
+            return desk.holds(pupils)
+        return stacking_pays(recipe.net, size, recipe.colours, len(test.classes), len(pupils), device, bf16)
+    if device.type != "cpu" and stackable and together():
         curves = work(pupils)
     elif device.type != "cpu" or len(pupils) == 1:
         curves = [work([pupil])[0] for pupil in pupils]
@@ -700,10 +706,13 @@ def training_set(source, data, ipc, features, g, skip_broken=False, found=None):
 
 
 def desk_of(keep, trains, test, *how):
-    """A Desk in the folder `keep`; only a row of the same images, trained in the same way, finds it again."""
+    """A Desk in the folder `keep`, which only a row of the same images, trained in the same way, finds again.
+
+    And on the same kind of device: another kind has other random numbers.
+    """
     if keep is None:
         return Desk()
-    facts = [data_print(part) for part in (*trains, test)], how
+    facts = [data_print(part) for part in (*trains, test)], test.images.device.type, how
     return Desk(keep / hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
 
 
@@ -846,8 +855,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int,
                         help="of each row's judges (default: by protocol, recipe and the set's size)")
     args = parser.parse_args(argv)
-    with one_sentence(parser, again="its rows are in results.jsonl: name the others; judges in training "
-                                    "go on"):
+    with one_sentence(parser, again="the rows that are done are in results.jsonl; the same command trains "
+                                    "them again, and goes on with the one that was stopped"):
         run(args, command(__file__, argv))
 
 

@@ -5,13 +5,13 @@
     python benchmarks/cifar100.py --root DIR --tiny         # all of it on four classes, to see that it runs
     python benchmarks/cifar100.py --tables                  # measures nothing: rewrites the README
 
-Trains DiT-S/2 on the 50,000 training images, fine-tunes it with either memory, and draws sets in 5 to 50
-steps under one budget of seconds (Fan et al.'s Table 3); then the last set, in ten minutes, whose first 10 to
-500 images a class three judges learn from by the challenge's protocol, as they do from real ones. What has to
-be chosen is chosen on a fifth of the training images (section 2); the test split is read once per row.
-Rows go to results/cifar100.jsonl, each with its command, seconds, device and seed; tables, plots and contact
-sheet to the README and assets/; a small base model to weights/. They belong to the models in out/cifar100: a
-new one starts new rows. The whole is not timed: no GPU was at hand. --tiny takes 3 minutes on two cores.
+Trains DiT-S/2 on the 50,000 training images, fine-tunes it with either memory, and draws a set in 5 to 50
+steps each under one budget of seconds, as Fan et al.'s Table 3 has it; then the last set, in ten minutes,
+whose first 10 to 500 images a class three judges learn from by the challenge's protocol, as they do from real
+ones. No choice sees the test split (section 2).
+Rows go to results/cifar100.jsonl, each with its commands, seconds, device and seed; tables, plots and contact
+sheet to the README and assets/; a smaller base model to weights/. Rows of two models are never mixed: keep
+out/cifar100 for as long as rows are missing. The whole is not timed: no GPU was at hand.
 """
 import time
 
@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import shlex
 import shutil
@@ -34,10 +35,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import digits
-from digits import pyplot, spread, table, write_readme
+from digits import pyplot, spread, table, write_readme          # pyplot without a screen
 from throughput import flops, matrix_rate
 
 import data
@@ -46,15 +46,15 @@ import minimax
 import sample
 from data import (UserError, add_flags, device_named, gains_from_bf16, load_tensors, new_parser, one_sentence,
                   read_header, split, write_png)
+from sample import PILOT_JUDGES
 from train_eval import count_epochs, evaluate, first_of_each, read_distilled, train_judges
 
 MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
 REAL, ALL = "real, at random", "all real images"
 BASE, FIFO, ADAPTIVE, SMALL = "base", "+ min-max, FIFO", "+ min-max, adaptive", "smaller base"
 MODELS = BASE, FIFO, ADAPTIVE
-SWEEP = (REAL, ALL, BASE, FIFO, ADAPTIVE, SMALL)                # the order of its table
+SWEEP_ORDER = REAL, ALL, *MODELS, SMALL
 SAMPLERS, GUIDANCES = ("ddim", "dpm++2m"), (1, 1.5)
-PILOT_JUDGES = 2
 
 
 class Scale(NamedTuple):
@@ -65,11 +65,11 @@ class Scale(NamedTuple):
     tune: str              # of minimax.py
     draw: str              # of sample.py
     steps: tuple           # of the sweep
-    tuned: tuple           # of the fine-tuned models in it; the first is also that of the first choice
+    tuned: tuple           # of the fine-tuned models in it; the first also for choosing sampler and guidance
     budget: float          # seconds for each of its sets
     last: float            # seconds for the last set
     ipcs: tuple            # how many of the last set's images a class judges learn from, most wanted first
-    real: tuple            # how many real ones, some of the same
+    real: tuple            # and how many real ones, some of the same
     epochs: int | None     # of all judges; None: the protocol's
 
 
@@ -86,9 +86,9 @@ TINY = Scale(rows=pathlib.Path("out/cifar100-few/rows.jsonl"), base="--steps 20"
 class Run(NamedTuple):
     """What every row needs."""
     scale: Scale
-    place: str             # words that say where the images are, as they stand in the rows: "--root DIR"
+    data_flags: str        # as they stand in the rows: "--data cifar100 --root DIR"
     root: str | None       # what DIR is
-    words: list            # ["--device", NAME] where one was asked for
+    device_flags: list     # ["--device", NAME] where one was asked for
     device: torch.device
     data: data.Data        # on the CPU, but for the images to test on
 
@@ -104,7 +104,7 @@ class Run(NamedTuple):
 def typed(line, run):
     """ "python X.py ..." -> X.py and the words that its main() gets: DIR becomes the place it stands for."""
     _, script, *words = shlex.split(line)
-    return script, (*(run.root if word == "DIR" else word for word in words), *run.words)
+    return script, (*(run.root if word == "DIR" else word for word in words), *run.device_flags)
 
 
 @functools.cache
@@ -115,20 +115,27 @@ def type_in(script, words):
 
 def model_line(model, run):
     """(the command that makes a model, its checkpoint)."""
-    lines = {BASE: (f"diffusion.py {run.place} {run.scale.base}", "base"),
-             SMALL: (f"diffusion.py {run.place} {run.scale.small} --out {run.home}/small", "small/base"),
-             FIFO: (f"minimax.py {run.place} {run.scale.tune}", "minimax"),
-             ADAPTIVE: (f"minimax.py {run.place} {run.scale.tune} --memory adaptive "
-                        f"--out {run.home}/adaptive", "adaptive/minimax")}
+    base, tune = f"diffusion.py {run.data_flags}", f"minimax.py {run.data_flags} {run.scale.tune}"
+    lines = {BASE: (f"{base} {run.scale.base}", "base"),
+             SMALL: (f"{base} {run.scale.small} --out {run.home}/small", "small/base"),
+             FIFO: (tune, "minimax"),
+             ADAPTIVE: (f"{tune} --memory adaptive --out {run.home}/adaptive", "adaptive/minimax")}
     line, name = lines[model]
     return f"python {line}", run.home / f"{name}.safetensors"
 
 
 def made(model, run):
-    """(a model's checkpoint, all commands that make it), made where it is not there, its base before it."""
+    """(a model's checkpoint, all commands that make it), made where it is not there, its base before it.
+
+    Raises UserError where rows are there of another model of that name.
+    """
     before = [made(BASE, run)[1]] if model in (FIFO, ADAPTIVE) else []
     line, path = model_line(model, run)
     type_in(*typed(line, run))
+    mine = read_header(path)["fingerprint"]
+    if any(row.get("model") == model and row["weights"] != mine for row in read_rows(run.scale)):
+        raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
+                        "rows")
     return path, "; ".join([*before, line])
 
 
@@ -145,16 +152,12 @@ def drawn(model, sampler, steps, guidance, budget, run):
     (path, lines), last = made(model, run), budget == run.scale.last
     name = path.relative_to(run.home).with_suffix("").as_posix().replace("/", "-")
     out = run.home / "bench" / f"{name}-{sampler.replace('+', 'p')}-{steps}-{guidance:g}{'-last' * last}"
-    line = (f"python sample.py {run.place} --checkpoint {path} --sampler {sampler} --steps {steps} "
+    line = (f"python sample.py {run.data_flags} --checkpoint {path} --sampler {sampler} --steps {steps} "
             f"--guidance {guidance:g} --seconds {budget:g} {run.scale.draw} --npz --out {out}")
     type_in(*typed(line, run))
     record = json.loads((out / "distilled.json").read_text())
-    weights = record["settings"]["weights"]
-    if any(row.get("model") == model and row["weights"] != weights for row in read_rows(run.scale)):
-        raise UserError(f"{run.scale.rows} has rows of another {path} ({model}) than the one that is there: "
-                        "bring that back, or take all rows out")
-    facts = {"model": model, "weights": weights, "sampler": sampler, "steps": steps, "guidance": guidance,
-             "budget": budget, "drawn": round(record["seconds"], 2)}
+    facts = {"model": model, "weights": read_header(path)["fingerprint"], "sampler": sampler, "steps": steps,
+             "guidance": guidance, "budget": budget, "drawn": round(record["seconds"], 2)}
     return Drawn(f"{out}/distilled.npz", record["ipc"], f"{lines}; {line}", facts)
 
 
@@ -163,8 +166,8 @@ def drawn(model, sampler, steps, guidance, budget, run):
 #
 # The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. First the
 # sampler and the guidance of all sets, then the model and the steps of the last one. A pilot is a set of the
-# sweep's budget, cut to the size of the smallest among its rivals: the last set will hold more images than
-# judges have time for, so that their quality decides and not their number.
+# sweep's budget, cut to the size of the smallest among its rivals: the last table compares sets of one size,
+# so that the images' quality should decide, not their number.
 
 
 def pilot(found, rivals, run):
@@ -216,7 +219,7 @@ def judged(source, ipc, protocol, run):
     bf16 = protocol == "short" and gains_from_bf16(run.device)
     row = evaluate(source, run.data._replace(recipe=recipe), ipc=ipc, runs=3, seed=0, epochs=run.scale.epochs,
                    bf16=bf16, keep=run.home / "judges")
-    line = f"python train_eval.py {run.place} --protocol {protocol} --runs 3 {source}"
+    line = f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 {source}"
     return {**row, "command": line + (f" --ipc {ipc}" if ipc else "")}
 
 
@@ -246,47 +249,45 @@ def speed_row(run):
     rate = settings["batch"] * statistics.median(               # a stop, or compiling, slows one interval
         (b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(log))
     model, x = diffusion.DiT(**header["config"]), torch.randn(1, recipe.channels, recipe.size, recipe.size)
-    image = flops(lambda: model(x, torch.tensor([500.]), torch.tensor([0])).sum().backward())
+    flop = flops(lambda: model(x, torch.tensor([500.]), torch.tensor([0])).sum().backward())
     product = matrix_rate(run.device, torch.bfloat16 if settings["bf16"] else torch.float32, 4096)
-    return {"data": run.data.name, "weights": header["fingerprint"], "images_per_second": round(rate, 1),
-            "gflop_per_image": image / 1e9, "matrix_tflops": product / 1e12, "share": image * rate / product,
+    return {"data": run.data.name, "model": BASE, "weights": header["fingerprint"],
+            "images_per_second": round(rate, 1), "gflop_per_image": flop / 1e9,
+            "matrix_tflops": product / 1e12, "share": flop * rate / product,
             "steps": log[-1]["step"], "batch": settings["batch"], "bf16": settings["bf16"],
             "seconds": round(log[-1]["seconds"], 1), "device": str(run.device), "seed": settings["seed"],
             "command": line}
 
 
 def small_row(run):
-    """Writes the smaller base model to weights/, in bfloat16, and says what images of it are worth."""
+    """Writes the smaller base model to weights/, in bfloat16; the row is of the float32 original."""
     path, line = made(SMALL, run)
     kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / path.name
     diffusion.save_checkpoint(kept, {name: tensor.bfloat16() for name, tensor in load_tensors(path).items()},
                               {**read_header(path), "command": line})
-    if kept.stat().st_size > 16e6:
-        raise UserError(f"{kept} has {kept.stat().st_size / 1e6:.1f} MB, more than the 16 that are meant")
-    row = sweep_row(SMALL, run.scale.tuned[0], run)
-    return {**row, "bytes": kept.stat().st_size}
+    return {**sweep_row(SMALL, run.scale.tuned[0], run), "bytes": kept.stat().st_size}
 
 
 def jobs(scale):
     """{(table, row, what was asked): a function of the Run that makes it}, the order of the work."""
-    found = {("speed", BASE, None): speed_row}
+    work = {("speed", BASE, None): speed_row}
     for sampler, guidance in itertools.product(SAMPLERS, GUIDANCES):
-        found["choice", f"{sampler}, guidance {guidance:g}", scale.tuned[0]] = functools.partial(
+        work["choice", f"{sampler}, guidance {guidance:g}", scale.tuned[0]] = functools.partial(
             first_pilot, sampler, guidance)
     for model, steps in itertools.product(MODELS, scale.tuned):
-        found["last choice", model, steps] = functools.partial(last_pilot, model, steps)
+        work["last choice", model, steps] = functools.partial(last_pilot, model, steps)
     for ipc in scale.ipcs:
-        found["last", "distilled", ipc] = functools.partial(last_row, ipc)
+        work["last", "distilled", ipc] = functools.partial(last_row, ipc)
         if ipc in scale.real:
-            found["last", REAL, ipc] = functools.partial(judged, "random", ipc, "challenge")
+            work["last", REAL, ipc] = functools.partial(judged, "random", ipc, "challenge")
     for ipc in scale.real:
-        found["sweep", REAL, ipc] = functools.partial(judged, "random", ipc, "short")
-    found["sweep", ALL, None] = functools.partial(judged, "full", None, "short")
+        work["sweep", REAL, ipc] = functools.partial(judged, "random", ipc, "short")
+    work["sweep", ALL, None] = functools.partial(judged, "full", None, "short")
     for model, steps in [*itertools.product(MODELS, scale.tuned), *((BASE, steps) for steps in scale.steps)]:
-        found["sweep", model, steps] = functools.partial(sweep_row, model, steps)
-    found["last", ALL, None] = functools.partial(judged, "full", None, "challenge")
-    found["sweep", SMALL, scale.tuned[0]] = small_row
-    return found
+        work["sweep", model, steps] = functools.partial(sweep_row, model, steps)
+    work["last", ALL, None] = functools.partial(judged, "full", None, "challenge")
+    work["sweep", SMALL, scale.tuned[0]] = small_row
+    return work
 
 
 def read_rows(scale):
@@ -353,7 +354,7 @@ def tables(rows, scale=FULL):
                                    "last", last, lambda who, asked: (asked or math.inf, who != REAL))),
         "cifar100 sweep": table("| trained on | steps | images a class | accuracy, % (n) | seconds to draw "
                                 "| epochs | command |", lines(
-                                    "sweep", sweep, lambda who, asked: (SWEEP.index(who), asked or 0))),
+                                    "sweep", sweep, lambda who, asked: (SWEEP_ORDER.index(who), asked or 0))),
         "cifar100 speed": "Training the base model: not measured." if speed is None else
             f"Training the base model: {speed['images_per_second']:,.0f} images a second, "
             f"{100 * speed['share']:.0f} % of the rate of a matrix product in "
@@ -369,30 +370,32 @@ PICTURES = {"cifar100": "Images of the last set, a row for each of the first 20 
             "cifar100-steps": "Accuracy against sampling steps", "cifar100-images": "Accuracy against images"}
 
 
-def plot_steps(rows, path):
+def plot_steps(rows, budget, path):
     """The sweep: accuracy against sampling steps, a line for each model."""
     rows = [row for row in rows if row["table"] == "sweep"]
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    for model in (BASE, FIFO, ADAPTIVE):
+    for model in MODELS:
         mine = sorted((row for row in rows if row["row"] == model), key=lambda row: row["steps"])
         axes.errorbar([row["steps"] for row in mine], [row["mean"] for row in mine],
                       [row["std"] for row in mine], marker="o", capsize=3, label=model)
     for row in rows:
         if row["row"] == REAL:
             axes.axhline(row["mean"], color="grey", linestyle=":", label=f"{row['ipc']} real ones a class")
-    axes.set(xlabel="sampling steps", ylabel="accuracy, %", title=f"{FULL.budget} seconds of sampling")
+    axes.set(xlabel="sampling steps", ylabel="accuracy, %",
+             title=f"{budget:g} seconds of sampling for each set")
     finish(figure, axes, path)
 
 
-def plot_images(rows, path):
-    """The last table: accuracy against images a class, drawn and real."""
+def plot_images(rows, budget, path):
+    """The last table: accuracy against images a class, drawn within the budget and real."""
     rows = [row for row in rows if row["table"] == "last"]
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for names, label in ((("distilled",), "distilled"), ((REAL, ALL), "real")):
         mine = sorted((row for row in rows if row["row"] in names), key=lambda row: row["ipc"])
         axes.errorbar([row["ipc"] for row in mine], [row["mean"] for row in mine],
                       [row["std"] for row in mine], marker="o", capsize=3, label=label)
-    axes.set(xlabel="images a class", ylabel="accuracy, %", xscale="log", title="the challenge's protocol")
+    axes.set(xlabel="images a class", ylabel="accuracy, %", xscale="log",
+             title=f"the challenge's protocol; {budget:g} seconds of sampling")
     finish(figure, axes, path)
 
 
@@ -407,9 +410,10 @@ def publish(scale):
     """Puts what was measured into the README and assets/; of a proof, beside its rows."""
     rows = read_rows(scale)
     assets = ROOT / "assets" if scale is FULL else scale.rows.parent
-    for name, plot in (("sweep", plot_steps), ("last", plot_images)):
+    for name, plot, budget, file in (("sweep", plot_steps, scale.budget, "cifar100-steps.png"),
+                                     ("last", plot_images, scale.last, "cifar100-images.png")):
         if any(row["table"] == name for row in rows):
-            plot(rows, assets / f"cifar100-{'steps' if name == 'sweep' else 'images'}.png")
+            plot(rows, budget, assets / file)
     parts = tables(rows, scale)
     if scale is FULL:
         write_readme(parts)
@@ -444,18 +448,18 @@ def few(root):
 
 def start(args):
     """The Run that the flags ask for."""
-    device, asked = device_named(args.device), [] if args.device == "auto" else ["--device", args.device]
-    if device.type == "cpu" and not asked and not args.tiny:
+    device, flags = device_named(args.device), [] if args.device == "auto" else ["--device", args.device]
+    if device.type == "cpu" and not flags and not args.tiny:
         raise UserError("there is no GPU here, and a CPU would take weeks: --tiny shows that all of it runs "
                         "(--device cpu does it all the same)")
     if args.tiny:
         place = few(args.root)
-        found, words = data.load(str(place)), f"--data {place}"
+        found, data_flags = data.load(str(place)), f"--data {place}"
     else:
         found = data.load("cifar100", args.root)
-        words = "--data cifar100" + " --root DIR" * (args.root is not None)
-    return Run(TINY if args.tiny else FULL, words, args.root, asked, device,
-               found._replace(test=found.test.to(device)))
+        data_flags = "--data cifar100" + " --root DIR" * (args.root is not None)
+    return Run(scale=TINY if args.tiny else FULL, data_flags=data_flags, root=args.root, device_flags=flags,
+               device=device, data=found._replace(test=found.test.to(device)))
 
 
 def main(argv=None):
@@ -477,8 +481,8 @@ def main(argv=None):
                 raise UserError(f"--minutes must be positive, not {args.minutes:g}")
             signal.signal(signal.SIGALRM, ring)
             # since the start, imports included; again every ten seconds, should the first be swallowed
-            left = max(0.001, 60 * args.minutes - time.monotonic() + STARTED)
-            signal.setitimer(signal.ITIMER_REAL, left, 10)
+            wait = max(0.001, 60 * args.minutes - time.monotonic() + STARTED)
+            signal.setitimer(signal.ITIMER_REAL, wait, 10)
         try:
             if not args.tables and missing(scale):
                 measure(start(args))
@@ -488,7 +492,7 @@ def main(argv=None):
             signal.setitimer(signal.ITIMER_REAL, 0)
         publish(scale)
         left, all_of_them = len(missing(scale)), len(jobs(scale))
-        print(f"{all_of_them - left} of {all_of_them} rows are in {scale.rows.name}")
+        print(f"{all_of_them - left} of {all_of_them} rows are in {os.path.relpath(scale.rows)}")
         if left and not args.tables:
             parser.exit(1, "the same command goes on with the others\n")
 

@@ -1,6 +1,6 @@
 """How fast the parts are, as shares of what this machine's matrix product reaches in the same run.
 
-    python benchmarks/throughput.py        # not timed since it grew
+    python benchmarks/throughput.py        # under 4 minutes on two CPU cores
 
 Operations are counted by torch's own flop counter. Prints a line each for the matrix product; the tiny DiT's
 training step; the min-max losses' share of a step of fine-tuning (of all weights); a sampling step;

@@ -1,4 +1,5 @@
 """benchmarks/cifar100.py goes from an archive to its tables, at sizes of no meaning, and can be stopped."""
+import dataclasses
 import json
 import pathlib
 import re
@@ -10,7 +11,9 @@ from test_challenge_data import FINE, write_cifar
 from torchvision.datasets import CIFAR100
 
 import data
+import diffusion
 import sample
+import train_eval
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -41,7 +44,7 @@ def again(words):
 def test_it_measures_every_row_once_and_says_how(archive, capsys):
     again(archive)
     found = rows()
-    assert len(found) == 26 and "26 of 26 rows are in rows.jsonl" in capsys.readouterr().out
+    assert len(found) == 26 and "26 of 26 rows are in out/cifar100-few/rows.jsonl" in capsys.readouterr().out
     for row in found:
         assert row["command"] and row["seconds"] >= 0
         assert row["device"] == "cpu" and row["seed"] == 0 and row["data"] == "cifar100-few"
@@ -77,28 +80,35 @@ def test_rows_of_two_models_are_never_mixed(archive, monkeypatch, capsys):
     assert [row["weights"] for row in rows()] == [found[0]["weights"]] * 3       # the same model, made again
     shutil.rmtree("out/cifar100-few")
     scale.rows.parent.mkdir()
-    scale.rows.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
+    scale.rows.write_text(json.dumps(found[0]) + "\n")
     monkeypatch.setattr(cifar100, "TINY", scale._replace(base="--steps 3"))
     cifar100.type_in.cache_clear()
-    assert "rows of another out/cifar100-few/base.safetensors (base)" in refused(archive, capsys)
+    assert "rows of another out/cifar100-few/base.safetensors" in refused(archive, capsys)
+    assert not pathlib.Path("out/cifar100-few/bench").exists()  # before anything is drawn
 
 
-def test_it_can_be_stopped_anywhere_and_goes_on(archive, monkeypatch, capsys):
-    drawn, real = [], sample.distil
+@pytest.mark.parametrize("where, name, call", [
+    (diffusion.Trainer, "step", 6),                             # the second of fine-tuning
+    (sample.NpzFile, "write", 2), (sample.NpzFile, "finish", 3),
+    (train_eval, "accuracy", 11)], ids=["tuning", "drawing", "joining", "judging"])
+def test_it_is_stopped_in_the_middle_and_goes_on(where, name, call, archive, monkeypatch, capsys):
+    calls, real = [], getattr(where, name)
 
-    def interrupted(*args):
-        drawn.append(1)
-        if len(drawn) == 6:
+    def interrupted(*args, **how):
+        calls.append(1)
+        if len(calls) == call:
             raise cifar100.TimeIsUp
-        return real(*args)
-    monkeypatch.setattr(sample, "distil", interrupted)
+        return real(*args, **how)
+    jobs = cifar100.jobs
+    monkeypatch.setattr(cifar100, "jobs", lambda scale: dict(list(jobs(scale).items())[:13]))
+    monkeypatch.setattr(where, name, interrupted)
     with pytest.raises(SystemExit) as stop:
         again(archive)
-    kept = rows()
-    assert stop.value.code == 1 and 0 < len(kept) < 26
+    kept = rows() if cifar100.TINY.rows.exists() else []
+    assert stop.value.code == 1 and len(kept) < 13 and len(calls) >= call
     assert "goes on with the others" in capsys.readouterr().err
     again(archive)
-    assert rows()[:len(kept)] == kept and len(rows()) == 26
+    assert rows()[:len(kept)] == kept and len(rows()) == 13
 
 
 def test_the_clock_rings(archive, capsys):
@@ -128,8 +138,20 @@ def test_what_was_not_measured_is_a_dash():
     assert "not measured" in parts["cifar100 speed"]
 
 
-def test_the_real_thing_keeps_to_the_challenges_rules():
-    full = cifar100.FULL
-    assert full.last == 600 and full.budget <= 60 and full.epochs is None
-    assert sorted(full.steps) == [5, 10, 15, 20, 25, 30, 50] and set(full.tuned) == {10, 50}
-    assert data.RECIPES["cifar100"].network == "S" and data.RECIPES["cifar100"].patch == 2
+def test_the_last_rows_keep_to_the_challenges_rules(monkeypatch):
+    full, asked = cifar100.FULL, []
+    recipe = dataclasses.replace(data.RECIPES["cifar100"], protocol="short")
+    run = cifar100.Run(scale=full, data_flags="--data cifar100", root=None, device_flags=[], device=None,
+                       data=data.Data("cifar100", recipe, None, None, ""))
+    monkeypatch.setattr(cifar100, "evaluate", lambda _, data, **how: asked.append((data.recipe, how)) or {})
+    row = cifar100.judged("random", 50, "challenge", run)
+    (recipe, how), = asked
+    assert recipe == data.RECIPES["cifar100"] and train_eval.count_epochs(recipe, 5000, 100) == 1001
+    assert how["runs"] == 3 and how["epochs"] is None and how["bf16"] is False and how["ipc"] == 50
+    assert row["command"].endswith("--data cifar100 --protocol challenge --runs 3 random --ipc 50")
+    assert full.last == 600
+
+
+def test_the_sweep_has_fan_et_als_step_counts_and_50():
+    assert cifar100.FULL.steps == (5, 10, 15, 20, 25, 30, 50) and cifar100.FULL.tuned == (10, 50)
+    assert cifar100.FULL.budget <= 60

@@ -29,8 +29,8 @@ MAINS = {module.__name__: module
 def commands():
     """Every command of the README, its generated tables and the files' first screens: script and words."""
     texts = [README, *(module.__doc__ for module in MAINS.values())]
-    lines = (ROOT / "results/digits.jsonl").read_text().splitlines()
-    texts += [row["command"] for row in map(json.loads, lines)]
+    for file in (ROOT / "results").glob("[dc]*.jsonl"):         # digits and cifar100
+        texts += [json.loads(line)["command"] for line in file.read_text().splitlines()]
     for text in texts:
         for line in re.findall(r"python ([\w/]+\.py[^\n`;|]*)", text):
             script, *words = shlex.split(line.partition("#")[0].partition(", S =")[0])
@@ -75,12 +75,20 @@ def test_the_tables_of_cifar100_are_what_was_measured_or_dashes():
 
 
 def test_what_is_said_of_cifar100s_networks_follows_from_them():
+    import cifar100
+    from throughput import flops
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in diffusion.DiT(name, 32, 2, 3, 100).parameters())
                  for name in ("S", "XS")}
     assert diffusion.SIZES["XS"] == (6, 256, 4) and "256 wide, 6 blocks" in README
-    assert f"In bfloat16 it has {2 * sizes['S'] / 1e6:.0f} MB; the smaller one" in README
+    assert f"DiT-S/2 has {2 * sizes['S'] / 1e6:.0f} MB in bfloat16" in README
     assert f"has {2 * sizes['XS'] / 1e6:.0f} MB, so that" in README and 2 * sizes["XS"] < 16e6 - 1e5
+    assert f"it says {len(cifar100.jobs(cifar100.FULL))} of" in README
+    with torch.device("meta"):
+        x, t, y = torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        dit, u = (flops(lambda net=net: net(x, t, y)) for net in (diffusion.DiT("S", 32, 2, 3, 100),
+                                                                 uvit.UViT("S", 32, 2, 3, 100)))
+    assert dit / u == pytest.approx(0.5, abs=0.02)
 
 
 def test_every_row_was_run_five_times_by_the_judge_it_names():

@@ -410,6 +410,19 @@ def test_the_first_block_warms_up_and_is_forgotten(monkeypatch, tmp_path):
     store = sample.PngFolder(tmp_path, record["classes"])
     kept = sample.distil(draw, store, record, math.inf, 6.55, 2, lambda record: None)
     assert len(kept) == 2 * 36                                     # 3 s, then 35 rounds of 0.1 s
+    clock[0], record, drawn = 0.0, {"classes": ["a", "b"], "seconds": 0.0}, []
+
+    def stopped(items):
+        drawn.append(items)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(items)
+    store = sample.PngFolder(tmp_path / "stopped", record["classes"])
+    with pytest.raises(KeyboardInterrupt):
+        sample.distil(stopped, store, record, math.inf, 10.05, 2, lambda record: None)
+    clock[0] = 0.0                                                 # another process, which warms up as well
+    kept = sample.distil(draw, store, record, math.inf, 10.05, 2, lambda record: None)
+    assert len(kept) == 2 * 42                                     # 3 s and 3 s, then 40 rounds of 0.1 s
     record["seconds"] = 7.0
     with pytest.raises(UserError, match="7.0 seconds are spent already, more than the budget of 6.5"):
         sample.distil(draw, store, record, math.inf, 6.5, 2, lambda record: None)

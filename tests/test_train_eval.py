@@ -114,7 +114,7 @@ def test_a_trial_of_stacked_judges_compares_the_two_ways_and_disturbs_nobody(mon
 
 
 @pytest.mark.parametrize("recipe", [plain, challenge, gu], ids=["short", "challenge", "gu"])
-@pytest.mark.parametrize("after", [5, 8, 13])                   # of 16 steps; the rate falls after 8 or 12
+@pytest.mark.parametrize("after", [13, 23, 30])                 # of 32 steps; the rate falls after 20 or 24
 def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_path):
     monkeypatch.setattr(train_eval, "SAVE_EVERY", 0)
     few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]
@@ -123,7 +123,7 @@ def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_pat
 
     def trained(desk):
         pupils = [train_eval.new_pupil(part, recipe, seed) for seed, part in enumerate(few)]
-        curves = train_eval.teach(pupils, few[0], recipe, 4, 4, False, False, desk=desk)
+        curves = train_eval.teach(pupils, few[0], recipe, 8, 4, False, False, desk=desk)
         return curves, [pupil.judge for pupil in pupils]
     whole, judges = trained(None)
     with monkeypatch.context() as plug, pytest.raises(PulledPlug):
