@@ -444,8 +444,7 @@ class NpzFile:
             return torch.from_numpy(arrays["images"][positions])
 
     def remove(self):
-        if self.parts.exists():
-            shutil.rmtree(self.parts)
+        self.tidy()
         self.path.unlink(missing_ok=True)
 
 

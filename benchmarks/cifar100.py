@@ -47,7 +47,7 @@ import sample
 from data import (UserError, add_flags, device_named, gains_from_bf16, load_tensors, new_parser, one_sentence,
                   read_header, split, write_png)
 from sample import PILOT_JUDGES
-from train_eval import count_epochs, evaluate, first_of_each, read_distilled, train_judges
+from train_eval import evaluate, read_rows
 
 MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
 REAL, ALL = "real, at random", "all real images"
@@ -133,7 +133,7 @@ def made(model, run):
     line, path = model_line(model, run)
     type_in(*typed(line, run))
     mine = read_header(path)["fingerprint"]
-    if any(row.get("model") == model and row["weights"] != mine for row in read_rows(run.scale)):
+    if any(row.get("model") == model and row["weights"] != mine for row in read_rows(run.scale.rows)):
         raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
                         "rows")
     return path, "; ".join([*before, line])
@@ -172,28 +172,20 @@ def drawn(model, sampler, steps, guidance, budget, run):
 
 def pilot(found, rivals, run):
     """A row: the accuracy of short judges on the set `found`, cut to the smallest of its rivals."""
-    began, ipc = time.monotonic(), min(rival.ipc for rival in rivals)
-    held, recipe = split(run.data.train, .2)[1].to(run.device), replace(run.data.recipe, protocol="short")
-    train = first_of_each(read_distilled(found.place, run.data), ipc).to(run.device)
-    epochs = run.scale.epochs or count_epochs(recipe, len(train.labels), len(train.classes))
-    bf16 = gains_from_bf16(run.device)
-    judges = train_judges([train] * PILOT_JUDGES, held, recipe, epochs, range(PILOT_JUDGES), bf16=bf16)
-    accuracies = [round(curve[-1], 4) for _, curve in judges]
-    return {"data": run.data.name, **found.facts, "ipc": ipc, "accuracy": accuracies,
-            "mean": round(statistics.mean(accuracies), 4), "std": round(statistics.stdev(accuracies), 4),
-            "runs": PILOT_JUDGES, "epochs": epochs, "seed": 0, "seconds": round(time.monotonic() - began, 1),
-            "device": str(run.device) + " bf16" * bf16, "command": found.lines}
+    row = judged(found.place, min(rival.ipc for rival in rivals), "short", run, pilots=True)
+    return {**row, "train": "distilled", **found.facts, "command": found.lines}
 
 
-def best(rows, name):
+def best(name, run):
     """The row of the table `name` with the highest accuracy."""
-    return max((row for row in rows if row["table"] == name), key=lambda row: row["mean"])
+    rows = [row for row in read_rows(run.scale.rows) if row["table"] == name]
+    return max(rows, key=lambda row: row["mean"])
 
 
-def swept(model, steps, run):
-    """One of the sweep's sets."""
-    chosen = best(read_rows(run.scale), "choice")
-    return drawn(model, chosen["sampler"], steps, chosen["guidance"], run.scale.budget, run)
+def as_chosen(model, steps, budget, run):
+    """A set, by the sampler and with the guidance that were chosen."""
+    chosen = best("choice", run)
+    return drawn(model, chosen["sampler"], steps, chosen["guidance"], budget, run)
 
 
 def first_pilot(sampler, guidance, run):
@@ -205,7 +197,8 @@ def first_pilot(sampler, guidance, run):
 
 def last_pilot(model, steps, run):
     """A pilot for the model and the steps of the last set."""
-    sets = {how: swept(*how, run) for how in itertools.product(MODELS, run.scale.tuned)}
+    sets = {how: as_chosen(*how, run.scale.budget, run)
+            for how in itertools.product(MODELS, run.scale.tuned)}
     return pilot(sets[model, steps], sets.values(), run)
 
 
@@ -213,12 +206,18 @@ def last_pilot(model, steps, run):
 # 3. Rows
 
 
-def judged(source, ipc, protocol, run):
-    """A row of judges by either protocol, and the command that makes it."""
-    recipe = replace(run.data.recipe, protocol=protocol)
+def judged(source, ipc, protocol, run, pilots=False):
+    """A row of three judges by either protocol, and the command that makes it.
+
+    pilots: of few judges, tested on a fifth of the training images instead, for which there is no command.
+    """
+    found = run.data._replace(recipe=replace(run.data.recipe, protocol=protocol))
+    if pilots:
+        held = split(found.train, .2)[1].to(run.device)
+        found = found._replace(test=held, cut="tested on a fifth of the training images")
     bf16 = protocol == "short" and gains_from_bf16(run.device)
-    row = evaluate(source, run.data._replace(recipe=recipe), ipc=ipc, runs=3, seed=0, epochs=run.scale.epochs,
-                   bf16=bf16, keep=run.home / "judges")
+    row = evaluate(source, found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0,
+                   epochs=run.scale.epochs, bf16=bf16, keep=run.home / "judges")
     line = f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 {source}"
     return {**row, "command": line + (f" --ipc {ipc}" if ipc else "")}
 
@@ -230,12 +229,12 @@ def set_row(found, ipc, protocol, run):
 
 
 def sweep_row(model, steps, run):
-    return set_row(swept(model, steps, run), None, "short", run)
+    return set_row(as_chosen(model, steps, run.scale.budget, run), None, "short", run)
 
 
 def last_row(ipc, run):
-    first, chosen = best(read_rows(run.scale), "choice"), best(read_rows(run.scale), "last choice")
-    found = drawn(chosen["model"], first["sampler"], chosen["steps"], first["guidance"], run.scale.last, run)
+    chosen = best("last choice", run)
+    found = as_chosen(chosen["model"], chosen["steps"], run.scale.last, run)
     if run.scale is FULL:
         shutil.copy(pathlib.Path(found.place).with_suffix(".png"), ROOT / "assets" / "cifar100.png")
     return set_row(found, min(ipc, found.ipc), "challenge", run)
@@ -290,25 +289,21 @@ def jobs(scale):
     return work
 
 
-def read_rows(scale):
-    return [json.loads(line) for line in scale.rows.read_text().splitlines()] if scale.rows.exists() else []
-
-
 def missing(scale):
     """The jobs whose rows are not there yet."""
-    there = {(row["table"], row["row"], row["asked"]) for row in read_rows(scale)}
+    there = {(row["table"], row["row"], row["asked"]) for row in read_rows(scale.rows)}
     return {key: make for key, make in jobs(scale).items() if key not in there}
 
 
 def measure(run):
     """Makes all missing rows, one after the other."""
-    for (name, row, asked), make in missing(run.scale).items():
-        made_row = {"table": name, "row": row, "asked": asked, **make(run), "machine": machine(run.device)}
+    for (name, who, asked), make in missing(run.scale).items():
+        row = {"table": name, "row": who, "asked": asked, **make(run), "machine": machine(run.device)}
         with open(run.scale.rows, "a") as file:
-            file.write(json.dumps(made_row) + "\n")
-        print(f"row: {name} | {row} | {asked} | " +
-              (f"{made_row['mean']:.2f} +- {made_row['std']:.2f} %" if "mean" in made_row else
-               f"{made_row['images_per_second']:.1f} images/s, {100 * made_row['share']:.0f} % of a product"),
+            file.write(json.dumps(row) + "\n")
+        print(f"row: {name} | {who} | {asked} | " +
+              (f"{row['mean']:.2f} +- {row['std']:.2f} %" if "mean" in row else
+               f"{row['images_per_second']:.1f} images/s, {100 * row['share']:.0f} % of a product"),
               flush=True)
 
 
@@ -408,7 +403,7 @@ def finish(figure, axes, path):
 
 def publish(scale):
     """Puts what was measured into the README and assets/; of a proof, beside its rows."""
-    rows = read_rows(scale)
+    rows = read_rows(scale.rows)
     assets = ROOT / "assets" if scale is FULL else scale.rows.parent
     for name, plot, budget, file in (("sweep", plot_steps, scale.budget, "cifar100-steps.png"),
                                      ("last", plot_images, scale.last, "cifar100-images.png")):

@@ -28,7 +28,7 @@ import convnet
 import minimax
 import sample
 from data import UserError, device_named, gains_from_bf16, load, new_parser, one_sentence, replacing
-from train_eval import (SELECTORS, count_epochs, evaluate, first_of_each, in_parts, read_distilled,
+from train_eval import (SELECTORS, count_epochs, evaluate, first_of_each, in_parts, read_distilled, read_rows,
                         train_judge, train_judges)
 
 matplotlib.use("Agg")
@@ -174,7 +174,7 @@ def measure(data, bf16):
         jobs["solvers", name, steps] = lambda s=sampler, steps=steps: solver_row(s, steps, data, bf16)
     for steps in ("auto", *STEPS):
         jobs["auto", str(steps), None] = lambda steps=steps: budget_row(steps, SHORT_BUDGET, data, bf16)
-    found = {(row["table"], row["row"], row["asked"]) for row in read_rows()}
+    found = {(row["table"], row["row"], row["asked"]) for row in read_rows(RESULTS)}
     if len(found) == len(jobs):
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
         return
@@ -192,10 +192,6 @@ def machine():
     cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
     kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
     return f"{cores} cores of {kind}, torch {version}, {time.strftime('%Y-%m-%d')}"
-
-
-def read_rows():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,7 +279,7 @@ def main(argv=None):
             data = load()
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
             measure(data, gains_from_bf16(device))
-        rows = read_rows()
+        rows = read_rows(RESULTS)
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         plot(rows, ROOT / "assets" / "steps.png")

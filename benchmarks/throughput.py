@@ -79,7 +79,13 @@ def measure(device):
     product = matrix_rate(device)
     print(f"matrix product, 2048 wide, fp32 | {product / 1e9:.0f} GFLOP/s | "
           f"device {device}, {torch.get_num_threads()} threads")
+    diffusing(recipe, train, rows, product, device)
+    judging(recipe, train, device)
+    forwards(device)
 
+
+def diffusing(recipe, train, rows, product, device):
+    """The digits' network: a training step, the min-max losses, a sampling step."""
     model = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device)
     plan = Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0, flip=False)
     trainer = Trainer(model, train, rows, plan)
@@ -111,6 +117,9 @@ def measure(device):
           f"{100 / call / 10:.0f} images/s at 10 steps | {done / call / 1e9:.0f} GFLOP/s, "
           f"{100 * done / call / product:.0f} % of the matrix product")
 
+
+def judging(recipe, train, device):
+    """The digits' judge: its step, and five of them at once."""
     judge, g = ConvNet(recipe.judge_size, 1, 10).to(device), torch.Generator(device).manual_seed(0)
     host = torch.Generator()
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -133,10 +142,14 @@ def measure(device):
     print(f"5 judges, 20 epochs of 100 images | {at_once:.2f} s side by side | {apart:.2f} s one by one | "
           f"{apart / at_once:.1f} times as fast")
 
+
+def forwards(device):
+    """CIFAR-100's networks."""
     bf16 = gains_from_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     product = matrix_rate(device, dtype)
-    x, t, y = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device), labels[:16]
+    x, t = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device)
+    y = torch.arange(16, device=device)
     for name, network in (("DiT-S/2", DiT("S", 32, 2, 3, 100)), ("U-ViT-S/2", UViT("S", 32, 2, 3, 100))):
         forward = torch.no_grad()(functools.partial(network.to(device, dtype).eval(), x, t, y))
         call, done = seconds(forward, device, rounds=3), flops(forward)

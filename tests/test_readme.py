@@ -18,6 +18,7 @@ import sample
 import train_eval
 import uvit
 import vae
+from train_eval import read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -59,13 +60,13 @@ def stop(parser, **_):
 
 def test_the_tables_are_what_was_measured():
     import digits
-    for name, part in digits.tables(digits.read_rows()).items():
+    for name, part in digits.tables(read_rows(digits.RESULTS)).items():
         assert f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in README
 
 
 def test_the_tables_of_cifar100_are_what_was_measured_or_dashes():
     import cifar100
-    rows = cifar100.read_rows(cifar100.FULL)
+    rows = read_rows(cifar100.FULL.rows)
     for name, part in cifar100.tables(rows).items():
         assert f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in README
     for row in rows:
@@ -99,7 +100,7 @@ def test_every_row_was_run_five_times_by_the_judge_it_names():
 
 def test_what_is_said_of_the_solvers_is_what_was_measured():
     import digits
-    rows = {(row["row"], row["steps"]): row for row in digits.read_rows() if row["table"] == "solvers"}
+    rows = {(row["row"], row["steps"]): row for row in read_rows(digits.RESULTS) if row["table"] == "solvers"}
     (ddim, pp, fast), real = digits.SOLVERS, rows["real, at random", 0]
     assert rows[fast, 5]["mean"] < rows[ddim, 5]["mean"] - 10 < rows[pp, 5]["mean"] - 10
     for steps in (15, 20, 50):
@@ -114,7 +115,7 @@ def test_what_is_said_of_the_solvers_is_what_was_measured():
 
 def test_auto_took_the_steps_that_are_best_in_full():
     import digits
-    rows = [row for row in digits.read_rows() if row["table"] == "auto"]
+    rows = [row for row in read_rows(digits.RESULTS) if row["table"] == "auto"]
     full = {row["steps"]: row["mean"] for row in rows if row["row"] != "auto"}
     taken, = (row["steps"] for row in rows if row["row"] == "auto")
     assert set(full) == set(sample.CANDIDATES) and max(full, key=full.get) == taken == 10
