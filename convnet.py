@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from data import UserError, new_parser, one_sentence
+from nanodd import cli
+from nanodd.errors import UserError, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Convolutional networks
@@ -206,13 +207,13 @@ def as_one(judges):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.parse_args(argv)
     shown = [("digits", "convnet3", 16, 1, 10), ("CIFAR-100", "convnet3", 32, 3, 100),
              ("Tiny-ImageNet", "convnet3", 64, 3, 200)]
     shown += [("ImageWoof", net, 224, 3, 10)
               for net in ("convnet6", "resnetap10", "resnet18", "timm:resnet18")]
-    with one_sentence(parser), torch.device("meta"):            # shapes without numbers: nothing to compute
+    with exit_on_user_error(parser), torch.device("meta"):      # shapes without numbers: nothing to compute
         for name, net, size, channels, classes in shown:
             network = judge(net, size, channels, classes)
             logits = network(torch.zeros(2, channels, size, size))

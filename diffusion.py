@@ -14,7 +14,6 @@ Xie et al. 2023 (DiffFit).
 """
 import argparse
 import functools
-import io
 import json
 import math
 import pathlib
@@ -24,19 +23,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 from tqdm import tqdm
 
-from data import (RECIPES, UserError, add_flags, barrier, check_settings, command, data_print, device_named,
-                  fetch, fingerprint, gains_from_bf16, imagenet_classes, load, load_tensors, many_processes,
-                  new_parser, one_sentence, rank, read_header, replacing, same_data, save_tensors,
-                  take_weights, world)
+from nanodd import cli, files, processes, recipes
+from nanodd.data import archives, datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
+from nanodd.networks import checkpoint
 from vae import prepared, source_name
 
 # ----------------------------------------------------------------------------------------------------
@@ -293,7 +291,7 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed      # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
         for block in self.blocks:                                           # (B, N, D)
-            x = checkpoint(block, x, c, use_reentrant=False) if self.recompute else block(x, c)
+            x = gradient_checkpoint(block, x, c, use_reentrant=False) if self.recompute else block(x, c)
         x = self.final_layer(x, c)                                          # (B, N, p * p * out)
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 
@@ -381,18 +379,10 @@ def ema_update(average, weights, decay):
 # 5. Checkpoints: one .safetensors file, tensors and a JSON header
 
 
-def save_state(path, state):
-    """Writes plain data and tensors to `path`, whole or not at all, for torch.load(weights_only=True)."""
-    buffer = io.BytesIO()                                       # a full disk is then an OSError with a reason
-    torch.save(state, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
 def save_checkpoint(path, tensors, header):
     """Writes {name: tensor} and a JSON header (its fingerprint added) to `path`, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, tensors, {**header, "fingerprint": fingerprint(tensors)})
+    files.save_tensors(path, tensors, {**header, "fingerprint": files.fingerprint(tensors)})
 
 
 def load_model(path, device="cpu", build=None):
@@ -403,17 +393,17 @@ def load_model(path, device="cpu", build=None):
     Raises UserError where the base is gone or another one, or a tensor is missing, extra or of another shape.
     """
     path = pathlib.Path(path)
-    header = read_header(path)
+    header = files.read_header(path)
     header["weights"] = header["fingerprint"]
-    tensors = load_tensors(path)
+    tensors = files.load_tensors(path)
     if "base" in header:
         header["weights"] += "+" + header["base"]["fingerprint"]
         base = path.parent / header["base"]["file"]
         if not base.is_file():
             raise UserError(f"{path} was tuned from {base}, which is gone")
-        if read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
+        if files.read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
             raise UserError(f"{base} is another base model than the one {path} was tuned from")
-        tensors = {**load_tensors(base), **tensors}
+        tensors = {**files.load_tensors(base), **tensors}
     return rebuild(header["config"], tensors, path, build).to(device).eval(), header
 
 
@@ -428,7 +418,7 @@ def rebuild(config, tensors, path, build=None):
     gammas = {name: torch.ones(wanted[name].shape) for name in wanted
               if "gamma" in name and name not in tensors}
     tensors = {name: tensor.float() for name, tensor in tensors.items()}   # some are kept in bfloat16
-    take_weights(model, {**gammas, **tensors}, path, "network")
+    files.load_strict(model, {**gammas, **tensors}, path, "network")
     return model
 
 
@@ -501,25 +491,25 @@ def import_weights(recipe, file, typed, overwrite=False):
     file: the .pt; None fetches it once. Raises UserError where its size is not the recipe's.
     """
     path = published_base(recipe)
-    file = file or fetch(PUBLISHED.format(recipe.weights), f"{recipe.weights}.pt",
+    file = file or files.fetch(PUBLISHED.format(recipe.weights), f"{recipe.weights}.pt",
                          "python diffusion.py --weights")
-    if rank() == 0:                                             # 2.7 GB in memory once, not once a process
+    if processes.rank() == 0:                                   # 2.7 GB in memory once, not once a process
         convert(recipe, pathlib.Path(file), path, typed, overwrite)
-    barrier()
+    processes.barrier()
     return path
 
 
 def convert(recipe, file, path, typed, overwrite):
     """Reads the .pt `file` and writes the base checkpoint `path`."""
     tensors, config = read_published(file, dit_config, "DiT")
-    settings = {"weights": recipe.weights, "fingerprint": fingerprint(tensors)}
+    settings = {"weights": recipe.weights, "fingerprint": files.fingerprint(tensors)}
     if finished(path, settings, overwrite):
         return
     wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
     check_size(config, wanted, file, recipe.name)
     rebuild(config, tensors, file)                              # only to refuse what does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
-              "cut": "published weights", "recipe": recipe.name, "classes": imagenet_classes(),
+              "cut": "published weights", "recipe": recipe.name, "classes": archives.imagenet_classes(),
               "phase": [0, 999], "rows": list(range(1001)), "guidance": recipe.guidance,
               "settings": settings, "command": typed,
               "step": 0}
@@ -592,13 +582,6 @@ class Plan(NamedTuple):
         return self.lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * rest))
 
 
-def share_of(batch):
-    """How many images of a batch are this process's. Raises UserError where it does not divide."""
-    if batch % world():
-        raise UserError(f"a batch of {batch} does not divide over {world()} processes: take a multiple")
-    return batch // world()
-
-
 class Trainer:
     """The weights that require a gradient, their average, the optimizer: all that a training step changes.
 
@@ -610,7 +593,7 @@ class Trainer:
     """
 
     def __init__(self, model, train, rows, plan, extra=None, schedule=None):
-        self.share = share_of(plan.batch)
+        self.share = processes.batch_share(plan.batch)
         self.model, self.train, self.rows, self.plan, self.extra = model.train(), train, rows, plan, extra
         self.schedule, self.labels = schedule or Schedule(train.labels.device), train.labels.cpu()
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -621,7 +604,7 @@ class Trainer:
             for p in model.parameters():                        # time, and hold half; positions are but added
                 if not p.requires_grad and p is not model.pos_embed:
                     p.data = p.data.bfloat16()
-        self.network = model if world() == 1 else DistributedDataParallel(model)
+        self.network = model if processes.world() == 1 else DistributedDataParallel(model)
 
     def predict(self, x, t, y):
         """The network on float32 images, its answer float32, whatever the arithmetic between."""
@@ -632,7 +615,7 @@ class Trainer:
         """One optimizer step, number `step`. Returns {"loss": L_diff, ...} as tensors without gradients."""
         plan = self.plan
         drawn = draw(self.train, plan.batch, step, plan.seed, plan.flip, self.rows, self.schedule)
-        x0, y, t, eps = (part[rank() * self.share:][:self.share] for part in drawn)
+        x0, y, t, eps = (part[processes.rank() * self.share:][:self.share] for part in drawn)
         denoised = denoising_loss(self.predict, self.schedule, x0, y, t, eps)
         total, report = denoised.loss.mean(), {"loss": denoised.loss.detach().mean()}
         if self.extra is not None:
@@ -662,9 +645,6 @@ class Trainer:
             self.extra.load_state_dict(state["extra"])
 
 
-SAVE_EVERY = 10               # seconds between saved states; more where saving takes over a twentieth of them
-
-
 def fit(trainer, path, header, overwrite=False):
     """Trains to the plan's end and writes the average to `path`; goes on from where an interrupted run was.
 
@@ -678,23 +658,25 @@ def fit(trainer, path, header, overwrite=False):
     line_every = max(1, plan.steps // 10)
     saved, save_cost = time.monotonic(), 0.0
     began = saved - seconds
-    with tqdm(total=plan.steps, initial=start, disable=rank() > 0 or None, leave=False, unit="step") as bar:
+    with tqdm(total=plan.steps, initial=start, disable=processes.rank() > 0 or None, leave=False,
+              unit="step") as bar:
         for step in range(start, plan.steps):
             for name, value in trainer.step(step).items():
                 sums[name] = sums.get(name, 0.0) + value
             bar.update()
             done, now = step + 1, time.monotonic()
             line_due = done % line_every == 0 or done == plan.steps
-            save_due = rank() == 0 and done < plan.steps and now - saved > max(SAVE_EVERY, 20 * save_cost)
+            save_due = processes.rank() == 0 and done < plan.steps and now - saved > max(files.SAVE_EVERY,
+                                                                                         20 * save_cost)
             if not line_due and not save_due:
                 continue
-            if line_due and world() > 1:
-                sums = mean_of_processes(sums)
+            if line_due and processes.world() > 1:
+                sums = processes.all_reduce_mean(sums)
             if not all(math.isfinite(float(value)) for value in sums.values()):
                 resume.unlink(missing_ok=True)
                 raise UserError("the loss is not finite between steps "
                                 f"{max(0, done - line_every)} and {done}: lower the recipe's learning rate "
-                                "(data.py, section 3), or the lambdas; "
+                                "(nanodd/recipes.py), or the lambdas; "
                                 f"{path} is untouched")
             if line_due:
                 count = done % line_every or line_every
@@ -705,19 +687,20 @@ def fit(trainer, path, header, overwrite=False):
                           + " | ".join(f"{name} {float(value) / count:.4f}" for name, value in sums.items())
                           + f" | {speed:.1f} it/s | eta {(plan.steps - done) / speed:.0f}s")
                 sums = {}
-                if rank() == 0:
-                    with replacing(path.with_suffix(".log.jsonl")) as temporary:
+                if processes.rank() == 0:
+                    with files.atomic_write(path.with_suffix(".log.jsonl")) as temporary:
                         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log))
             if save_due:
-                save_state(resume, {"step": done, "seconds": now - began, "settings": header["settings"],
+                files.save_state(resume,
+                                 {"step": done, "seconds": now - began, "settings": header["settings"],
                                     "sums": sums, "log": log, "trainer": trainer.state_dict()})
                 saved = time.monotonic()
                 save_cost = saved - now
-    if rank() == 0:
+    if processes.rank() == 0:
         kept = trainer.average if "base" in header else {**trainer.model.state_dict(), **trainer.average}
         save_checkpoint(path, kept, {**header, "step": plan.steps})
         resume.unlink(missing_ok=True)
-    barrier()                                                   # nobody looks for the file before it is there
+    processes.barrier()                                         # nobody looks for the file before it is there
 
 
 def restored(trainer, resume, settings, overwrite):
@@ -730,18 +713,11 @@ def restored(trainer, resume, settings, overwrite):
     state = torch.load(resume, map_location=trainer.rows.device, weights_only=True)
     if state["settings"] != settings:
         if not overwrite:
-            check_settings(state["settings"], settings, resume)
+            checkpoint.check_settings(state["settings"], settings, resume)
         return 0, 0.0, {}, []
     trainer.load_state_dict(state["trainer"])
     print(f"going on from step {state['step']}")
     return state["step"], state["seconds"], state["sums"], state["log"]
-
-
-def mean_of_processes(sums):
-    """{name: scalar tensor} -> the same, averaged over all processes."""
-    values = torch.stack(list(sums.values()))
-    dist.all_reduce(values)
-    return dict(zip(sums, values / world(), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -762,17 +738,12 @@ def finished(path, settings, overwrite):
 
     What is to be overwritten stays until the new result is whole.
     """
-    found = read_header(path)["settings"] if path.exists() else None
+    found = files.read_header(path)["settings"] if path.exists() else None
     if found == settings:
         print(f"{path} is finished (same settings): left as it is")
     elif found is not None and not overwrite:
-        check_settings(found, settings, path)
+        checkpoint.check_settings(found, settings, path)
     return found == settings
-
-
-def chosen_bf16(asked, device, width):
-    """Whether to work in bfloat16: as asked, or where it is faster, which narrow networks are not."""
-    return (gains_from_bf16(device) and width >= 192) if asked is None else asked
 
 
 def train_base(data, path, *, steps, seed, device, network=None, bf16=None, **how):
@@ -782,7 +753,7 @@ def train_base(data, path, *, steps, seed, device, network=None, bf16=None, **ho
     config = {"network": network, "size": recipe.size, "patch": recipe.patch,
               "channels": recipe.channels, "classes": len(data.train.classes)}
     plan = Plan(steps=steps, batch=recipe.batch, lr=recipe.lr, decay=True, ema=recipe.ema, seed=seed,
-                flip=recipe.flip, bf16=chosen_bf16(bf16, device, SIZES[network][1]))
+                flip=recipe.flip, bf16=cli.chosen_bf16(bf16, device, SIZES[network][1]))
     teach(data, path, config, plan, lambda: DiT(**config), Schedule(device), device=device, **how)
 
 
@@ -793,7 +764,7 @@ def teach(data, path, config, plan, start, schedule, *, device, vae="ema", compi
     more: further settings that make this run another one than a run without them.
     """
     steps, seed = plan.steps, plan.seed
-    settings = {**config, **plan._asdict(), "data": data_print(data.train),
+    settings = {**config, **plan._asdict(), "data": imageset.fingerprint(data.train),
                 "encoder": source_name(vae) if data.recipe.latents else None, **(more or {})}
     if finished(path, settings, overwrite):
         return
@@ -811,8 +782,9 @@ def teach(data, path, config, plan, start, schedule, *, device, vae="ema", compi
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
+    parser = cli.new_parser(__doc__)
+    cli.add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 "
+                          "compile dry-run")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier "
                                                   "(default: the recipe's)")
     parser.add_argument("--network", choices=SIZES, help="how large a DiT (default: the recipe's)")
@@ -820,10 +792,10 @@ def main(argv=None):
                         help="train nothing: take a published DiT-XL-2-256x256.pt or -512x512.pt as the base "
                              "of all ImageNet subsets; without FILE it is fetched (as minimax.py does)")
     args = parser.parse_args(argv)
-    with one_sentence(parser), many_processes():
-        typed = command(__file__, argv)
+    with exit_on_user_error(parser), processes.process_group():
+        typed = cli.command_line_of(__file__, argv)
         if args.weights is not None:
-            recipe = RECIPES[args.recipe or "imagenet"]
+            recipe = recipes.RECIPES[args.recipe or "imagenet"]
             if not recipe.weights:
                 raise UserError(f"the recipe {args.recipe} has no published weights")
             if args.out or args.steps or args.network:
@@ -831,17 +803,21 @@ def main(argv=None):
                                 "and --network out")
             import_weights(recipe, args.weights, typed, args.overwrite)
             print("-> python minimax.py --data imagewoof --root DIR" if args.data == "digits" else
-                  f"-> python minimax.py{same_data(args, '--recipe')}")
+                  f"-> python minimax.py{cli.data_flags(args, '--recipe')}")
             return
-        data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+        data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         steps = data.recipe.steps if args.steps is None else args.steps
         if steps < 1:
             raise UserError(f"--steps must be at least 1, not {steps}")
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
-        train_base(data, path, steps=steps, seed=args.seed, device=device_named(args.device),
+        if args.dry_run:
+            datasets.describe(data)
+            print(f"would train {steps} steps and write {path}: the same command without --dry-run")
+            return
+        train_base(data, path, steps=steps, seed=args.seed, device=cli.device_named(args.device),
                    network=args.network, vae=args.vae, bf16=args.bf16, compiled=args.compile,
                    skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed)
-        print(f"{path} -> python minimax.py{same_data(args, '--recipe', '--out')}"
+        print(f"{path} -> python minimax.py{cli.data_flags(args, '--recipe', '--out')}"
               + (f" --base {shlex.quote(str(path))}" if args.out else ""))
 
 

@@ -17,7 +17,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import UserError, new_parser, one_sentence
+from nanodd import cli
+from nanodd.errors import UserError, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Which entries stay: (m, D) and M -> (min(m, M), D), the order of arrival kept
@@ -100,10 +101,10 @@ class Memory:
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--slots", type=int, default=64, help="entries per class (default: %(default)s)")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with exit_on_user_error(parser):
         if args.slots < 1:
             raise UserError(f"--slots must be at least 1, not {args.slots}")
         generator = torch.Generator().manual_seed(0)

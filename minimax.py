@@ -19,14 +19,14 @@ import pathlib
 import shlex
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (UserError, add_flags, command, data_print, device_named, imagenet_classes, load,
-                  load_tensors, many_processes, new_parser, one_sentence, rank, read_header, same_data, world)
-from diffusion import (Plan, Trainer, chosen_bf16, difffit_parameters, finished, fit, import_weights,
-                       new_header, published_base, rebuild, rows_of, share_of, train_base)
+from diffusion import (Plan, Trainer, difffit_parameters, finished, fit, import_weights, new_header,
+                       published_base, rebuild, rows_of, train_base)
 from memory import Memory, policies
+from nanodd import cli, files, processes
+from nanodd.data import archives, datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 from uvit import network_of, schedule_of, width_of
 from vae import prepared, source_name
 
@@ -88,7 +88,7 @@ class MinMax:
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
         l_r = l_d = torch.zeros((), device=z.device)
-        own = labels[rank() * len(z):][:len(z)]
+        own = labels[processes.rank() * len(z):][:len(z)]
         z_by_class, real_by_class = by_class(z, own), by_class(real, own)
         for c, mine in z_by_class.items():
             theirs = real_by_class[c]                                       # (n, D), as mine
@@ -100,7 +100,7 @@ class MinMax:
                 l_d = l_d + (naive_diversity if self.naive else diversity)(mine, self.generated.get(c))
         l_r, l_d = l_r / len(z_by_class), l_d / len(z_by_class)
         for memory, x in ((self.real, real), (self.generated, z)):
-            for c, items in by_class(gathered(x), labels).items():
+            for c, items in by_class(processes.all_gather(x), labels).items():
                 memory.push(c, items)
         return self.lambda_r * l_r + self.lambda_d * l_d, {"repr": l_r.detach(), "div": l_d.detach()}
 
@@ -119,15 +119,6 @@ def by_class(x, labels):
             for c in sorted(set(labels))}
 
 
-def gathered(x):
-    """x (B / processes, ...) of every process, in the order of their ranks, detached: (B, ...)."""
-    if world() == 1:
-        return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
-
-
 # ----------------------------------------------------------------------------------------------------
 # 3. The driver
 
@@ -135,7 +126,7 @@ def gathered(x):
 def tuned_model(base, header, tune, device):
     """The base model at `base` with only what is to be tuned requiring gradients: (network, its config)."""
     config = {**header["config"], "difffit": tune == "difffit"}
-    model = rebuild(config, load_tensors(base), base, network_of)
+    model = rebuild(config, files.load_tensors(base), base, network_of)
     if tune == "difffit":
         names = set(difffit_parameters(model))
         for name, parameter in model.named_parameters():
@@ -167,7 +158,7 @@ def checked(args, recipe):
     for flag, number in (("--steps", args.steps), ("--slots", args.slots), ("--batch", batch)):
         if number is not None and number < 1:
             raise UserError(f"{flag} must be at least 1, not {number}")
-    share_of(batch)                                             # or refuses, before anything takes time
+    processes.batch_share(batch)                                # or refuses, before anything takes time
     if not (0 <= lambda_r < float("inf") and 0 <= lambda_d < float("inf")):
         raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
                         f"and are {lambda_r} and {lambda_d}")
@@ -184,10 +175,10 @@ def base_of(args, data, home, device, typed):
     if args.base:
         raise UserError(f"there is no {path}: python diffusion.py makes a base model")
     if recipe.weights:
-        strange = sorted(set(data.train.classes) - set(imagenet_classes()))
+        strange = sorted(set(data.train.classes) - set(archives.imagenet_classes()))
         if strange:
             raise UserError(f"the published weights do not know the class {strange[0]}: train a base model, "
-                            f"python diffusion.py{same_data(args, '--recipe')}")
+                            f"python diffusion.py{cli.data_flags(args, '--recipe')}")
         if not published_base(recipe).is_file():
             import_weights(recipe, None, typed, args.overwrite)
         return published_base(recipe)
@@ -215,8 +206,9 @@ def check_base(header, base, data):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
+    parser = cli.new_parser(__doc__)
+    cli.add_flags(parser,
+                  "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--base", type=pathlib.Path, metavar="FILE",
                         help="what to start from (default: base.safetensors in --out or out/NAME, made with "
                              "this --seed if there is none; for ImageNet the published weights, fetched)")
@@ -241,30 +233,30 @@ def main(argv=None):
     parser.add_argument("--recompute", action="store_true",
                         help="less memory, more work: blocks are worked out again on the way back")
     args = parser.parse_args(argv)
-    with one_sentence(parser), many_processes():
-        run(args, command(__file__, argv))
+    with exit_on_user_error(parser), processes.process_group():
+        run(args, cli.command_line_of(__file__, argv))
 
 
 def run(args, typed):
     """Everything after the command line was read."""
-    data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
-    device, home, K = device_named(args.device), pathlib.Path("out", data.name), len(data.train.classes)
+    data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+    device, home, K = cli.device_named(args.device), pathlib.Path("out", data.name), len(data.train.classes)
     numbers, ranges = checked(args, data.recipe), class_ranges(args, K)
     base = base_of(args, data, home, device, typed)
-    rows = check_base(read_header(base), base, data)
+    rows = check_base(files.read_header(base), base, data)
     for first, last in ranges:
         name = "minimax" if (first, last) == (0, K - 1) else f"minimax-{first}-{last}"
         path = (args.out or home) / f"{name}.safetensors"
         tune_phase(args, data, (first, last), base, rows, path, numbers, device, typed)
     source = path if len(ranges) == 1 else path.parent
     how = "--sampler ddpm --grid uniform --steps 50 --cfg-channels 3" if data.recipe.latents else "--steps 10"
-    print(f"{source} -> python sample.py {how}{same_data(args, '--out')}"
+    print(f"{source} -> python sample.py {how}{cli.data_flags(args, '--out')}"
           + (f" --checkpoint {shlex.quote(str(source))}" if args.out or args.classes else ""))
 
 
 def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
     """Fine-tunes on the classes phase[0] to phase[1] and writes `path`. numbers: of `checked`."""
-    recipe, header, (first, last) = data.recipe, read_header(base), phase
+    recipe, header, (first, last) = data.recipe, files.read_header(base), phase
     batch, lambda_r, lambda_d, memory = numbers
     train = data.train.pick((first <= data.train.labels) & (data.train.labels <= last))
     # as asked, else the recipe's count, else as many whole batches as its epochs hold
@@ -273,10 +265,10 @@ def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
         raise UserError(f"{len(train.labels)} images make no batch of {batch}: lower --batch")
     plan = Plan(steps=steps, batch=batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
                 seed=args.seed, flip=recipe.flip, beta2=recipe.tune_beta2, warm=recipe.tune_warm,
-                bf16=chosen_bf16(args.bf16, device, width_of(header["config"])))
-    settings = {**plan._asdict(), "data": data_print(train), "base": header["fingerprint"],
+                bf16=cli.chosen_bf16(args.bf16, device, width_of(header["config"])))
+    settings = {**plan._asdict(), "data": imageset.fingerprint(train), "base": header["fingerprint"],
                 "lambda_r": lambda_r, "lambda_d": lambda_d, "memory": list(memory), "slots": args.slots,
-                "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune, "processes": world(),
+                "z_hat": args.z_hat, "naive": args.naive, "tune": args.tune, "processes": processes.world(),
                 "encoder": source_name(args.vae) if recipe.latents else None}
     if finished(path, settings, args.overwrite):
         return
@@ -286,8 +278,8 @@ def tune_phase(args, data, phase, base, rows, path, numbers, device, typed):
     tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
-          f"device {device}{' bf16' * plan.bf16} x {world()} | {tuned:,} of {parameters:,} parameters tuned"
-          f" | {steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
+          f"device {device}{' bf16' * plan.bf16} x {processes.world()} | {tuned:,} of {parameters:,} "
+          f"parameters tuned | {steps} steps of {plan.batch} | lambda_r {lambda_r:g} lambda_d {lambda_d:g} | "
           f"memory {','.join(memory)} x {args.slots} | seed {args.seed}")
     if args.compile:
         model.compile()

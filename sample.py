@@ -34,15 +34,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import (ImageFiles, UserError, add_flags, barrier, check_settings, class_list, command, data_name,
-                  device_named, gains_from_bf16, load, load_tensors, many_processes, new_parser, one_sentence,
-                  open_image, own_recipe, rank, read_header, replacing, same_data, split, to_uint8, world,
-                  write_png)
-from diffusion import CLEAN, Schedule, chosen_bf16, learned_log_variance, load_model, posterior, rows_of
+from diffusion import CLEAN, Schedule, learned_log_variance, load_model, posterior, rows_of
+from nanodd import cli, files, processes, recipes
+from nanodd.data import archives, datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
+from nanodd.networks import checkpoint
 from train_eval import count_epochs, read_distilled, train_judges
 from uvit import network_of, schedule_of, width_of
 from vae import decoder_of
@@ -378,7 +377,7 @@ class PngFolder:
 
     def write(self, items, images):
         with ThreadPoolExecutor() as pool:                      # packing a 256-pixel PNG takes 10 ms
-            list(pool.map(write_png, [self.file(*item) for item in items], images))
+            list(pool.map(imageset.write_png, [self.file(*item) for item in items], images))
 
     def finish(self, items):
         """Removes what is not one of `items`: the round that a budget cut off."""
@@ -389,7 +388,7 @@ class PngFolder:
         """Nothing is left over."""
 
     def images(self, items):
-        return torch.stack([open_image(self.file(*item), channels=None) for item in items])
+        return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
 
     def remove(self):
         if self.path.exists():
@@ -421,13 +420,13 @@ class NpzFile:
         return self.path.is_file()
 
     def write(self, items, images):
-        with replacing(self.part(items)) as temporary, open(temporary, "wb") as file:
+        with files.atomic_write(self.part(items)) as temporary, open(temporary, "wb") as file:
             np.save(file, images.numpy())
 
     def finish(self, items):
         """Joins the blocks, in the order of the images, and cuts off what is behind `items`."""
         images = np.concatenate([np.load(part) for part in sorted(self.parts.glob("*.npy"))])[:len(items)]
-        with replacing(self.path) as temporary, open(temporary, "wb") as file:
+        with files.atomic_write(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
 
     def tidy(self):
@@ -473,55 +472,47 @@ def distil(draw, store, record, total, budget, batch, save):
         raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
                         f"{budget:g}: raise it, or choose --out ELSEWHERE")
     K, done, wave, drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
-    began, quiet = time.monotonic() - record["seconds"], True if rank() else None
+    began, quiet = time.monotonic() - record["seconds"], True if processes.rank() else None
     with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
-        while block(wave * world(), batch, K, total):
+        while block(wave * processes.world(), batch, K, total):
             blocks = [block(number, batch, K, total)
-                      for number in range(wave * world(), (wave + 1) * world())]
-            mine = blocks[rank()]                               # empty on the last processes of the last wave
+                      for number in range(wave * processes.world(), (wave + 1) * processes.world())]
+            mine = blocks[processes.rank()]                     # empty on the last processes of the last wave
             needed = bool(mine) and not store.has(mine)
-            if of_all(needed):
+            if processes.max_over_processes(needed):
                 started = time.monotonic()
-                if of_all(started - began + longest + store.FINISH * writing > budget) and done > 0:
+                if processes.max_over_processes(started - began + longest
+                                                + store.FINISH * writing > budget) and done > 0:
                     break
                 if needed:
                     images = draw(mine)
                     writing -= time.monotonic()
                     store.write(mine, images)
                     writing += time.monotonic()
-                spent, drawn = of_all(time.monotonic() - started), drawn + 1
+                spent, drawn = processes.max_over_processes(time.monotonic() - started), drawn + 1
                 longest = max(known if drawn <= 2 else longest, spent)
                 record.update(seconds=time.monotonic() - began, longest=known if drawn == 1 else longest,
                               writing=writing)
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
-    if done < K or wave == 1 and of_all(record["seconds"] > budget):
+    if done < K or wave == 1 and processes.max_over_processes(record["seconds"] > budget):
         raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
                         f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
     kept = block(0, done // K * K, K)
-    if rank() == 0:
+    if processes.rank() == 0:
         store.finish(kept)
-    barrier()
+    processes.barrier()
     record["seconds"] = time.monotonic() - began
     return kept
-
-
-def of_all(value):
-    """The largest of all processes' numbers, or whether it is true of any: the same answer everywhere."""
-    if world() == 1:
-        return value
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return max(values)
 
 
 def contact_sheet(images, columns, path):
     """images (rows * columns, C, H, W) uint8 -> one picture, enlarged to be seen: a row for each class."""
     zoom = max(1, 40 // images.shape[-1])
     sheet = make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
-    write_png(path, sheet)
+    imageset.write_png(path, sheet)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -550,13 +541,13 @@ def judge_of_pilots(args, recipe, device):
     --validation it is a fifth of what is left. The mean of PILOT_JUDGES judges of the shortened protocol: at
     a quarter of its length they favoured small sets, which they see more often.
     """
-    data = load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
-    held = split(data.train, .2)[1] if args.validation else data.test
+    data = datasets.load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
+    held = datasets.split(data.train, .2)[1] if args.validation else data.test
     recipe = replace(data.recipe, protocol="short", views=min(data.recipe.views, PILOT_VIEWS))
-    if isinstance(held, ImageFiles):
+    if isinstance(held, imageset.ImageFiles):
         held = held._replace(size=recipe.judge_size)
     data = data._replace(recipe=recipe, test=held.read(args.skip_broken).to(device))
-    seeds, bf16 = [1000 * args.seed + run for run in range(PILOT_JUDGES)], gains_from_bf16(device)
+    seeds, bf16 = [1000 * args.seed + run for run in range(PILOT_JUDGES)], cli.gains_from_bf16(device)
 
     def judge(place):
         train = read_distilled(place, data).to(device)
@@ -575,7 +566,7 @@ def decide(drawn_in, judge, out, classes, settings, budget, typed):
     Raises UserError where the budget is too short for one image of each class at any count.
     """
     path, share = out / "steps.json", pilot_share(budget)
-    found = of_first(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    found = processes.on_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
     if found.get("settings") == settings:
         print(f"{path} has decided on {found['steps']} steps (same settings)")
         return found["steps"]
@@ -588,7 +579,7 @@ def decide(drawn_in, judge, out, classes, settings, budget, typed):
     store, rows = PngFolder(out / ".pilots", classes), []
     drawn_in(CANDIDATES[0])(block(0, settings["batch"], len(classes)))      # warms up
     for steps in CANDIDATES:
-        of_first(store.remove)
+        processes.on_first_process(store.remove)
         record = {"classes": classes, "seconds": 0.0}
         try:
             items = distil(drawn_in(steps), store, record, math.inf, share * budget, settings["batch"],
@@ -596,20 +587,20 @@ def decide(drawn_in, judge, out, classes, settings, budget, typed):
         except TooShort:
             print(f"{steps:5} | {share * budget:.3g} s are too short for an image of each class")
             continue
-        images, accuracy = len(items), of_first(lambda: judge()(store.path))
+        images, accuracy = len(items), processes.on_first_process(lambda: judge()(store.path))
         row = {"steps": steps, "seconds_per_batch": record["seconds"] * settings["batch"] / images,
                "images": int(images / record["seconds"] * budget), "pilot": images, "accuracy": accuracy}
         rows.append(row)
         print(f"{steps:5} | {row['seconds_per_batch']:9.3f} | {row['images']:20} | "
               f"{row['images'] // len(classes):7} | {images:14} | {accuracy:.2f}")
-    of_first(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
+    processes.on_first_process(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
     if not rows:
         raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class, even in "
                         f"{CANDIDATES[0]} steps; a pilot gets {share:.0%} of it: raise it, or lower --batch")
     best = max(rows, key=lambda row: row["accuracy"])["steps"]
     print(f"-> {best} steps; this table is in {path}")
-    if rank() == 0:
-        with replacing(path) as temporary:
+    if processes.rank() == 0:
+        with files.atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"settings": settings, "share": share, "rows": rows,
                                              "steps": best, "command": typed}, indent=1) + "\n")
     return best
@@ -658,8 +649,8 @@ def checked(args):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add_flags(parser, "data root validation out seed device skip-broken overwrite bf16 compile")
+    parser = cli.new_parser(__doc__)
+    cli.add_flags(parser, "data root validation out seed device skip-broken overwrite bf16 compile")
     parser.add_argument("--vae", default="mse", metavar="ema|mse|FILE",
                         help="what decodes latents: one of stabilityai's autoencoders, fetched once, or a "
                              "file (default: %(default)s, as Gu et al., who encode with ema)")
@@ -694,8 +685,8 @@ def main(argv=None):
     parser.add_argument("--npz", action="store_true",
                         help="one distilled.npz instead of a file for each image")
     args = parser.parse_args(argv)
-    with one_sentence(parser), many_processes():
-        run(args, command(__file__, argv))
+    with exit_on_user_error(parser), processes.process_group():
+        run(args, cli.command_line_of(__file__, argv))
 
 
 def open_record(path, fresh, stores, overwrite):
@@ -716,7 +707,7 @@ def open_record(path, fresh, stores, overwrite):
     if found.get("settings") == fresh["settings"]:
         return found
     if not overwrite:
-        check_settings(found.get("settings", {}), fresh["settings"], path)
+        checkpoint.check_settings(found.get("settings", {}), fresh["settings"], path)
     remove_set(path, stores)
     return fresh
 
@@ -744,7 +735,7 @@ def checkpoints(place, folders, redo, shipped):
     own = any(any(folder.glob("*.safetensors")) for folder in folders)
     if place is None and not own and shipped.is_file():
         print(f"no checkpoint in {folders[-1]} yet: drawing from {shipped}, which came with the code and was "
-              f"made by: {read_header(shipped)['command']}")
+              f"made by: {files.read_header(shipped)['command']}")
         return shipped
     held = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
     folder = place or (held or folders)[0]
@@ -768,9 +759,9 @@ def opened(source, name, device):
     Raises UserError where it is of another data set, or phases overlap, differ or leave a class out.
     """
     paths = source if isinstance(source, list) else [source]
-    headers = sorted(((read_header(path), path) for path in paths), key=lambda pair: pair[0]["phase"])
+    headers = sorted(((files.read_header(path), path) for path in paths), key=lambda pair: pair[0]["phase"])
     header, first_path = headers[0]
-    published = class_list(name) if header["data"] == "imagenet" and "base" not in header else None
+    published = archives.class_list(name) if header["data"] == "imagenet" and "base" not in header else None
     if header["data"] != name and not published:
         raise UserError(f"{first_path} is of the data set {header['data']}, not {name}: "
                         "say which with --data, --root or --validation")
@@ -792,7 +783,7 @@ def opened(source, name, device):
             raise UserError(f"{path} has the classes {first}-{last}, but class {expected} should come next: "
                             "run the missing --classes, or remove what overlaps")
         expected = last + 1
-        tensors = {key: tensor.to(device) for key, tensor in load_tensors(path).items()}
+        tensors = {key: tensor.to(device) for key, tensor in files.load_tensors(path).items()}
         phases.append((first, last, tensors))
         header["weights"] += "+" + other["fingerprint"]
     if expected != len(header["classes"]):
@@ -832,38 +823,23 @@ def artist(model, header, phases, decode, sampler, guide, seed):
         x = decode(x)                                           # latents: (n, 4, h, w) -> (n, 3, 8h, 8w)
         if not x.isfinite().all():
             raise UserError("the model draws images that are not finite: a smaller --guidance may help")
-        return to_uint8(x).cpu()
+        return imageset.to_uint8(x).cpu()
     return draw
-
-
-def of_first(make):
-    """What make() returns on the first process, on all; its UserError is raised on all, too."""
-    found = [None, None]
-    if rank() == 0:
-        try:
-            found[0] = make()
-        except UserError as error:
-            found[1] = str(error)
-    if world() > 1:
-        dist.broadcast_object_list(found)
-    if found[1]:
-        raise UserError(found[1])
-    return found[0]
 
 
 def run(args, typed):
     """Everything after the command line was read."""
     ipc, budget = checked(args)
-    device = device_named(args.device)
-    name = data_name(args.data, args.root, args.validation)
+    device = cli.device_named(args.device)
+    name = datasets.data_name(args.data, args.root, args.validation)
     home = pathlib.Path("out", name)
     out = args.out or home
-    source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{same_data(args)}",
+    source = checkpoints(args.checkpoint, [out, home], f"python minimax.py{cli.data_flags(args)}",
                          pathlib.Path("weights", name, "base.safetensors"))
     model, header, phases = opened(source, name, device)
     schedule = schedule_of(header["schedule"], home, device)
     guide = guidance_of(args, header)
-    bf16 = chosen_bf16(args.bf16, device, width_of(header["config"]))
+    bf16 = cli.chosen_bf16(args.bf16, device, width_of(header["config"]))
     model = model.to(torch.bfloat16 if bf16 else torch.float32)
     if args.compile:
         model.compile()
@@ -883,30 +859,33 @@ def run(args, typed):
     store = file if args.npz else folder
     if args.steps == "auto":
         if args.overwrite:
-            of_first(lambda: remove_set(record_path, (folder, file)))
-        here = {"budget": budget, "device": named(device), "processes": world(), "compile": args.compile}
+            processes.on_first_process(lambda: remove_set(record_path, (folder, file)))
+        here = {"budget": budget, "device": named(device), "processes": processes.world(),
+                "compile": args.compile}
         judge = functools.cache(lambda: judge_of_pilots(args, header["recipe"], device))
         settings["steps"] = decide(lambda steps: drawn_by(sampler_in(steps)), judge, out, classes,
                                    {**settings, **here}, budget, typed)
     sampler = sampler_in(settings["steps"])                     # or refuses, before anything is looked at
     fresh = {"settings": settings, "data": name, "classes": classes, "ipc": 0, "budget": 0.0, "seconds": 0.0,
              "command": typed}
-    record = of_first(lambda: open_record(record_path, fresh, (folder, file), args.overwrite))
+    record = processes.on_first_process(lambda: open_record(record_path, fresh, (folder, file),
+                                                            args.overwrite))
     enough = record["ipc"] >= ipc or record["budget"] >= budget
-    whole, resumable = of_first(lambda: (store.whole(record["ipc"]), store.resumable()))
+    whole, resumable = processes.on_first_process(lambda: (store.whole(record["ipc"]), store.resumable()))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{source if len(phases) == 1 else f'{len(phases)} phases'} | {name} | device {device}"
-          f"{' bf16' * bf16} x {world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, "
+          f"{' bf16' * bf16} x {processes.world()} | {parameters / 1e6:.2f}M parameters | {args.sampler}, "
           f"{settings['steps']} steps, {grid} grid | guidance {guide['guidance']:g} | seed {args.seed}")
     if enough and whole:
-        of_first(store.tidy)                                    # which a stop may have come before
+        processes.on_first_process(store.tidy)                  # which a stop may have come before
         print(f"{store.path} holds {record['ipc']} images a class already (same settings): left as it is -> "
-              f"python train_eval.py{same_data(args, '--out')}" + f" --ipc {ipc}" * (ipc < record["ipc"]))
+              f"python train_eval.py{cli.data_flags(args, '--out')}"
+              + f" --ipc {ipc}" * (ipc < record["ipc"]))
         return
 
     def save(record):
-        if rank() == 0:
-            with replacing(record_path) as temporary:
+        if processes.rank() == 0:
+            with files.atomic_write(record_path) as temporary:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     if not resumable:                                           # nothing yet, or blocks that were joined
@@ -917,7 +896,7 @@ def run(args, typed):
     record.update(ipc=len(items) // len(classes), budget=0.0 if math.isinf(budget) else budget)
     columns = min(10, record["ipc"])
     shown = [(label, index) for label in range(min(20, len(classes))) for index in range(columns)]
-    if rank() == 0:
+    if processes.rank() == 0:
         contact_sheet(store.images(shown), columns, out / "distilled.png")
         save(record)                                            # it is finished from here on
         store.tidy()
@@ -925,8 +904,8 @@ def run(args, typed):
     print(f"{len(items)} images | {record['ipc']} a class | {record['seconds']:.1f} s | "
           f"{len(items) * calls:,} network evaluations ({calls} an image)")
     print(f"saved {store.path} and {out / 'distilled.png'} -> "
-          f"python train_eval.py{same_data(args, '--out')}"
-          + (f" --recipe {header['recipe']}" if header["recipe"] != own_recipe(args.data) else ""))
+          f"python train_eval.py{cli.data_flags(args, '--out')}"
+          + (f" --recipe {header['recipe']}" if header["recipe"] != recipes.own_recipe(args.data) else ""))
 
 
 def guidance_of(args, header):

@@ -45,9 +45,9 @@ from torchvision.transforms.functional import InterpolationMode, resize, rgb_to_
 from tqdm import tqdm
 
 import convnet
-from data import (ImageSet, UserError, add_flags, command, data_print, device_named, gains_from_bf16, load,
-                  new_parser, one_sentence, read_set, same_data)
-from diffusion import SAVE_EVERY, save_state
+from nanodd import cli, files
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Augmentation: whole batches, new numbers per image
@@ -241,7 +241,8 @@ def post_augment(images, recipe, g):
 def with_copies(train, copies, recipe, g):
     """An ImageSet, then `copies` augmented copies of each of its images in the same order, labels kept."""
     parts = [post_augment(part, recipe, g) for _ in range(copies) for part in train.images.split(1024)]
-    return ImageSet(torch.cat([train.images, *parts]), train.labels.repeat(1 + copies), train.classes)
+    return imageset.ImageSet(torch.cat([train.images, *parts]), train.labels.repeat(1 + copies),
+                             train.classes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def accuracy(predict, images, labels, recipe):
 class Pupil(NamedTuple):
     """A judge while it learns: its network, its training set, its seed, and its generators (see dsa)."""
     judge: torch.nn.Module
-    train: ImageSet
+    train: imageset.ImageSet
     seed: int
     g: torch.Generator
     host: torch.Generator
@@ -401,7 +402,7 @@ class Desk:
 
     def put(self, pupils, epoch, optimizer, accuracies):
         """Keeps all that the epochs after number `epoch` depend on."""
-        save_state(self.file(pupils), {
+        files.save_state(self.file(pupils), {
             "epoch": epoch, "accuracies": accuracies, "optimizer": optimizer.state_dict(),
             "judges": [pupil.judge.state_dict() for pupil in pupils],
             "chance": [(pupil.g.get_state(), pupil.host.get_state()) for pupil in pupils],
@@ -477,7 +478,7 @@ def teach(pupils, test, recipe, epochs, looks, bf16, compiled, stop=None, desk=N
             for pupil, curve in zip(pupils, accuracies, strict=True):
                 judge = pupil.judge.eval()
                 curve.append(accuracy(functools.partial(predict, judge), test.images, test.labels, recipe))
-        if desk.folder and (epoch == epochs - 1 or time.monotonic() - saved > SAVE_EVERY):
+        if desk.folder and (epoch == epochs - 1 or time.monotonic() - saved > files.SAVE_EVERY):
             desk.put(pupils, epoch, optimizer, accuracies)
             saved = time.monotonic()
     return accuracies
@@ -660,7 +661,7 @@ def kmeans(train, ipc, features, g, skip_broken=False):
         centers = KMeans(ipc, n_init=3, random_state=seed).fit(pixels).cluster_centers_
         images.append(torch.from_numpy(centers).round().to(torch.uint8).view(ipc, *mine.images.shape[1:]))
     labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
-    return ImageSet(torch.cat(images), labels, train.classes)
+    return imageset.ImageSet(torch.cat(images), labels, train.classes)
 
 
 SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herding),
@@ -670,7 +671,7 @@ SELECTORS = {"random": by_class(choose_random), "herding": by_class(choose_herdi
 def read_distilled(path, data, skip_broken=False):
     """A distilled folder or .npz, in the size of data.train."""
     recipe = data.recipe
-    return read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
+    return imageset.read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
                     data.train.classes, skip_broken)
 
 
@@ -701,7 +702,8 @@ def training_set(source, data, ipc, features, g, skip_broken=False, found=None):
     parts = [part.to(data.test.images.device) for part in parts]
     if len(parts) == 1:
         return parts[0]
-    return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]),
+    return imageset.ImageSet(torch.cat([part.images for part in parts]),
+                             torch.cat([part.labels for part in parts]),
                     data.train.classes)
 
 
@@ -712,7 +714,7 @@ def desk_of(keep, trains, test, *how):
     """
     if keep is None:
         return Desk()
-    facts = [data_print(part) for part in (*trains, test)], test.images.device.type, how
+    facts = [imageset.fingerprint(part) for part in (*trains, test)], test.images.device.type, how
     return Desk(keep / hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
 
 
@@ -833,12 +835,12 @@ def table_line(row):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
                         help="distilled, random, herding, kcenter, kmeans, full, a folder, an .npz, or a sum "
                              "a+b (default: distilled); random, kmeans and full are always there, under "
                              "gu only random: the full set of an ImageNet subset trains for hours")
-    add_flags(parser, "data root recipe validation out seed device skip-broken bf16 compile")
+    cli.add_flags(parser, "data root recipe validation out seed device skip-broken bf16 compile")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS),
                         help="how judges are trained (default: the recipe's)")
     parser.add_argument("--net", metavar="NAME",
@@ -855,9 +857,10 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int,
                         help="of each row's judges (default: by protocol, recipe and the set's size)")
     args = parser.parse_args(argv)
-    with one_sentence(parser, again="the rows that are done are in results.jsonl; the same command trains "
+    with exit_on_user_error(parser,
+                            again="the rows that are done are in results.jsonl; the same command trains "
                                     "them again, and goes on with the one that was stopped"):
-        run(args, command(__file__, argv))
+        run(args, cli.command_line_of(__file__, argv))
 
 
 def plan_rows(args, data, home):
@@ -872,7 +875,7 @@ def plan_rows(args, data, home):
         parts = source.split("+")
         if "distilled" in parts and made is None:
             raise UserError(f"there is no {home / 'distilled'}: "
-                            f"python sample.py --steps 10{same_data(args)} makes it")
+                            f"python sample.py --steps 10{cli.data_flags(args)} makes it")
         for k, part in enumerate(parts):
             if part not in SELECTORS and part != "full":
                 parts[k] = part = os.path.relpath(made if part == "distilled" else part)
@@ -899,8 +902,8 @@ def run(args, typed):
                                ("--size", args.size, 1), ("--pda", args.pda, 0)):
         if value is not None and value < least:
             raise UserError(f"{flag} must be at least {least}, not {value}")
-    device = device_named(args.device)
-    data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+    device = cli.device_named(args.device)
+    data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
     given = {"protocol": args.protocol, "net": args.net, "judge_size": args.size}
     recipe = replace(data.recipe, **{name: value for name, value in given.items() if value})
     protocol, classes = PROTOCOLS[recipe.protocol], len(data.train.classes)
@@ -912,7 +915,7 @@ def run(args, typed):
     if recipe.latents:                                          # pictures are read at the judge's size
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
-    bf16 = protocol.bf16 and gains_from_bf16(device) if args.bf16 is None else args.bf16
+    bf16 = protocol.bf16 and cli.gains_from_bf16(device) if args.bf16 is None else args.bf16
     home = args.out or pathlib.Path("out", data.name)
     planned, ipc, found = plan_rows(args, data, home)
     data = data._replace(test=test.read(args.skip_broken).to(device))

@@ -24,11 +24,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import diffusion
-from data import (UserError, add_flags, barrier, command, data_print, device_named, fingerprint,
-                  imagenet_classes, load, many_processes, new_parser, one_sentence, rank, same_data,
-                  take_weights)
-from diffusion import (DIFFFIT_BLOCKS, MLP_RATIO, Attention, DiT, Plan, Schedule, check_size, chosen_bf16,
-                       finished, new_header, read_published, rebuild, save_checkpoint, scaled, sincos, teach)
+from diffusion import (DIFFFIT_BLOCKS, MLP_RATIO, Attention, DiT, Plan, Schedule, check_size, finished,
+                       new_header, read_published, rebuild, save_checkpoint, scaled, sincos, teach)
+from nanodd import cli, files, processes
+from nanodd.data import archives, datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The continuous schedule
@@ -176,7 +176,7 @@ def plan_of(recipe, steps, seed, bf16, device):
         "steps": recipe.steps, "batch": recipe.batch, "lr": recipe.lr, "ema": recipe.ema, "decay": True})
     own = own if steps is None else {**own, "steps": steps}
     return network, Plan(**own, seed=seed, flip=recipe.flip, weight_decay=.03,
-                         bf16=chosen_bf16(bf16, device, SIZES[network][1]))
+                         bf16=cli.chosen_bf16(bf16, device, SIZES[network][1]))
 
 
 def uvit_config(tensors):
@@ -208,12 +208,12 @@ def start_from(model, tensors, classes, path):
     for row, place in enumerate(rows_in(table, classes)):
         if place is not None:
             labels[row] = table[place]
-    take_weights(model, {**theirs, "label_emb.weight": labels}, path, "network")
+    files.load_strict(model, {**theirs, "label_emb.weight": labels}, path, "network")
 
 
 def rows_in(table, classes):
     """The row of each class (K names) in a published label table; None where it has none for it."""
-    known = {name: k for k, name in enumerate(imagenet_classes())} if table is not None and \
+    known = {name: k for k, name in enumerate(archives.imagenet_classes())} if table is not None and \
         len(table) == 1000 else {}
     return [known.get(name) for name in classes]
 
@@ -224,7 +224,7 @@ def import_weights(data, tensors, config, path, out, overwrite, typed):
     tensors, config: what read_published(path) gave. Without a row for "no class" (the header's -1) there is
     no guidance. Raises UserError where a class has no row, or a tensor does not fit.
     """
-    settings = {"weights": fingerprint(tensors), "data": data_print(data.train)}
+    settings = {"weights": files.fingerprint(tensors), "data": imageset.fingerprint(data.train)}
     rows = rows_in(tensors.get("label_emb.weight"), data.train.classes)
     if None in rows:
         raise UserError(f"{path} does not know the class {data.train.classes[rows.index(None)]}: train on "
@@ -234,10 +234,10 @@ def import_weights(data, tensors, config, path, out, overwrite, typed):
     rebuild(config, tensors, path, network_of)                  # only to refuse what does not fit
     header = {**new_header(data, config, settings, typed, ContinuousSchedule()),
               "rows": [*rows, -1], "guidance": 1.0}
-    barrier()                                                   # all have looked before one writes
-    if rank() == 0:
+    processes.barrier()                                         # all have looked before one writes
+    if processes.rank() == 0:
         save_checkpoint(out, tensors, {**header, "step": 0})
-    barrier()
+    processes.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -269,8 +269,9 @@ def schedule_of(name, path, device="cpu"):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add_flags(parser, "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
+    parser = cli.new_parser(__doc__)
+    cli.add_flags(parser,
+                  "data root recipe validation out seed device overwrite vae skip-broken bf16 compile")
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier; 0 takes "
                                                   "--weights as they are (default: U-ViT's own on CIFAR "
                                                   "and Tiny-ImageNet, else the recipe's)")
@@ -279,17 +280,17 @@ def main(argv=None):
     parser.add_argument("--recompute", action="store_true",
                         help="less memory, more work: blocks are worked out again on the way back")
     args = parser.parse_args(argv)
-    with one_sentence(parser), many_processes():
-        data = load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
+    with exit_on_user_error(parser), processes.process_group():
+        data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         out = args.out or pathlib.Path("out", data.name, "uvit")
-        train(args, data, out / "base.safetensors", command(__file__, argv))
-        print(f"{out / 'base.safetensors'} -> python minimax.py{same_data(args, '--recipe')} "
+        train(args, data, out / "base.safetensors", cli.command_line_of(__file__, argv))
+        print(f"{out / 'base.safetensors'} -> python minimax.py{cli.data_flags(args, '--recipe')} "
               f"--out {shlex.quote(str(out))}")
 
 
 def train(args, data, path, typed):
     """Everything after the data was read: makes the base model `path`."""
-    recipe, classes, device = data.recipe, data.train.classes, device_named(args.device)
+    recipe, classes, device = data.recipe, data.train.classes, cli.device_named(args.device)
     network, plan = plan_of(recipe, args.steps, args.seed, args.bf16, device)
     config = {"backbone": "uvit", "network": network, "size": recipe.size, "patch": recipe.patch,
               "channels": recipe.channels, "classes": len(classes)}
@@ -312,7 +313,7 @@ def train(args, data, path, typed):
         return model
     teach(data, path, config, plan, start, ContinuousSchedule(), device=device, vae=args.vae,
           compiled=args.compile, skip_broken=args.skip_broken, overwrite=args.overwrite, typed=typed,
-          more={"weights": fingerprint(tensors)} if tensors else {})
+          more={"weights": files.fingerprint(tensors)} if tensors else {})
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from data import (UserError, add_flags, barrier, data_print, device_named, fetch, fingerprint, load,
-                  load_tensors, new_parser, one_sentence, open_image, rank, read_header, save_tensors,
-                  take_weights, to_float, to_uint8, world, write_png)
+from nanodd import cli, files, processes
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The network
@@ -248,15 +248,15 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
     Raises UserError where the file is absent or damaged, or a tensor is missing, unexpected or misshapen.
     """
     if source in PUBLISHED:
-        path = fetch(URL.format(PUBLISHED[source]), f"{PUBLISHED[source]}.safetensors", "--vae")
+        path = files.fetch(URL.format(PUBLISHED[source]), f"{PUBLISHED[source]}.safetensors", "--vae")
     else:
         path = pathlib.Path(source)
         if not path.is_file():
             raise UserError(f"there is no file {path}; --vae takes ema, mse or a .safetensors file")
-    tensors = {name: tensor.to(device, dtype) for name, tensor in renamed(load_tensors(path)).items()}
+    tensors = {name: tensor.to(device, dtype) for name, tensor in renamed(files.load_tensors(path)).items()}
     with torch.device("meta"):                                  # shapes only: the numbers come from the file
         autoencoder = Autoencoder()
-    take_weights(autoencoder, tensors, path, "autoencoder")
+    files.load_strict(autoencoder, tensors, path, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -265,7 +265,7 @@ def encoder_print(autoencoder):
 
     "ema" and "mse" share their encoder, so that latents kept from the one serve the other.
     """
-    return fingerprint({name: tensor for name, tensor in autoencoder.state_dict().items()
+    return files.fingerprint({name: tensor for name, tensor in autoencoder.state_dict().items()
                         if name.startswith(("encoder.", "quant_conv."))})
 
 
@@ -308,13 +308,14 @@ def prepared(data, source, device, skip_broken=False, overwrite=False):
     place = str(train.files[0].parent.parent.resolve()).encode()
     cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(place).hexdigest()[:8]}")
     present = train.labels.unique().tolist()
-    files = {c: cache / f"{train.classes[c]}.safetensors" for c in present}
+    cached = {c: cache / f"{train.classes[c]}.safetensors" for c in present}
     parts = {c: train.pick(train.labels == c) for c in present}
-    wanted = {c: {"pictures": data_print(parts[c], times=True), "pixels": parts[c].size} for c in present}
-    found = {c: cache_header(files[c]) for c in present}
+    wanted = {c: {"pictures": imageset.fingerprint(parts[c], times=True), "pixels": parts[c].size} for c
+              in present}
+    found = {c: cache_header(cached[c]) for c in present}
     kept = [c for c in present if {key: found[c].get(key) for key in wanted[c]} == wanted[c]
             and (skip_broken or not found[c]["skipped"])]
-    barrier()                                                   # all have looked before anyone writes
+    processes.barrier()                                         # all have looked before anyone writes
     same = source in PUBLISHED and all(found[c]["source"] == source_name(source) for c in kept)
     if len(kept) < len(present) or not same:
         autoencoder = load_autoencoder(source, device)
@@ -327,16 +328,16 @@ def prepared(data, source, device, skip_broken=False, overwrite=False):
     stale = [c for c in present if c not in kept]
     if stale:
         print(f"encoding the pictures of {len(stale)} of {len(present)} classes into {cache}, once")
-    mine = stale[rank()::world()]
-    with tqdm(total=sum(len(parts[c].files) for c in mine), disable=rank() > 0 or None, leave=False,
+    mine = stale[processes.rank()::processes.world()]
+    with tqdm(total=sum(len(parts[c].files) for c in mine), disable=processes.rank() > 0 or None, leave=False,
               unit="picture") as bar:
         for c in mine:
             moments = encode_twice(autoencoder, parts[c].read(skip_broken).images, bar)
             header = {**wanted[c], "source": source_name(source), "encoder": made_by,
                       "skipped": len(parts[c].files) - len(moments)}
-            save_tensors(files[c], {"moments": moments}, header)
-    barrier()
-    moments = [load_tensors(files[c])["moments"].to(device) for c in present]
+            files.save_tensors(cached[c], {"moments": moments}, header)
+    processes.barrier()
+    moments = [files.load_tensors(cached[c])["moments"].to(device) for c in present]
     labels = torch.tensor(present).repeat_interleave(torch.tensor([len(part) for part in moments]))
     return Latents(torch.cat(moments), labels.to(device), train.classes)
 
@@ -349,7 +350,7 @@ def source_name(source):
 def cache_header(path):
     """What a file of the latent cache says of itself; {} where there is none, or a damaged one."""
     try:
-        return read_header(path)
+        return files.read_header(path)
     except UserError:
         return {}
 
@@ -361,7 +362,7 @@ def encode_twice(autoencoder, images, bar, chunk=8):
     """
     device, rows = next(autoencoder.parameters()).device, []
     for part in images.split(chunk):
-        x = to_float(part.to(device))
+        x = imageset.to_float(part.to(device))
         both = [torch.cat(autoencoder.encode(side), dim=1) for side in (x, x.flip(3))]  # (b, 8, h, w)
         rows.append(torch.stack(both, dim=1).half().cpu())
         bar.update(len(part))
@@ -376,7 +377,7 @@ def decoder_of(latents, source, device, bf16=False):
     if not latents:
         return lambda x: x, None
     autoencoder = load_autoencoder(source, device, torch.bfloat16 if bf16 else torch.float32)
-    return autoencoder.decode, fingerprint(autoencoder.state_dict())
+    return autoencoder.decode, files.fingerprint(autoencoder.state_dict())
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -393,12 +394,12 @@ def psnr(a, b):
 
 def demonstration_picture(size):
     """A handwritten digit, enlarged: (3, size, size) uint8."""
-    digit = load("digits").train.images[:1].expand(-1, 3, -1, -1)           # (1, 3, 8, 8)
+    digit = datasets.load("digits").train.images[:1].expand(-1, 3, -1, -1)  # (1, 3, 8, 8)
     return F.interpolate(digit, size=(size, size))[0]
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("picture", nargs="?", metavar="PICTURE", help="an image file (default: a digit)")
     parser.add_argument("--vae", metavar="ema|mse|FILE",
                         help="the weights: published ones, or a .safetensors file (default: random ones)")
@@ -406,15 +407,16 @@ def main(argv=None):
                         help="pixels to bring the picture to, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False,
                         help="compute in bfloat16: faster where the device has it")
-    add_flags(parser, "device")
+    cli.add_flags(parser, "device")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with exit_on_user_error(parser):
         if args.size < 8:
             raise UserError(f"--size must be at least 8, not {args.size}")
         if args.picture and not args.vae:
             raise UserError("--vae is missing (ema, mse or a file): random weights know no pictures")
-        device, dtype = device_named(args.device), torch.bfloat16 if args.bf16 else torch.float32
-        picture = open_image(args.picture, args.size) if args.picture else demonstration_picture(args.size)
+        device, dtype = cli.device_named(args.device), torch.bfloat16 if args.bf16 else torch.float32
+        picture = imageset.open_image(args.picture,
+                                      args.size) if args.picture else demonstration_picture(args.size)
         if args.vae:
             autoencoder = load_autoencoder(args.vae, device, dtype)
         else:
@@ -423,15 +425,16 @@ def main(argv=None):
               f"{args.vae or 'random'} weights, {str(dtype).removeprefix('torch.')}")
 
         start = time.perf_counter()
-        mean, logvar = autoencoder.encode(to_float(picture)[None].to(device))
+        mean, logvar = autoencoder.encode(imageset.to_float(picture)[None].to(device))
         mean = mean.cpu()                                       # waits for the device
         encoded = time.perf_counter()
-        back = to_uint8(autoencoder.decode(SCALE * mean.to(device)).cpu())[0]     # the posterior's middle
+        # the posterior's middle
+        back = imageset.to_uint8(autoencoder.decode(SCALE * mean.to(device)).cpu())[0]
         decoded = time.perf_counter()
         print(f"encode | {tuple(picture.shape)} -> {tuple(mean.shape[1:])} | {encoded - start:.2f} s")
         print(f"decode | {tuple(mean.shape[1:])} -> {tuple(back.shape)} | {decoded - encoded:.2f} s")
         if args.vae:
-            write_png("out/vae.png", torch.cat([picture, back], dim=2))
+            imageset.write_png("out/vae.png", torch.cat([picture, back], dim=2))
             print(f"PSNR {psnr(picture, back):.1f} dB | out/vae.png: the picture, and what came back")
         else:
             print("these weights are random and know no pictures; the published ones do:\n"

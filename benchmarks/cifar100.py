@@ -36,17 +36,16 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import digits
-from digits import pyplot, spread, table, write_readme          # pyplot without a screen
-from throughput import flops, matrix_rate
-
-import data
 import diffusion
+import digits
 import minimax
 import sample
-from data import (UserError, add_flags, device_named, gains_from_bf16, load_tensors, new_parser, one_sentence,
-                  read_header, split, write_png)
+from digits import pyplot, spread, table, write_readme
+from nanodd import cli, files
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 from sample import PILOT_JUDGES
+from throughput import flops, matrix_rate
 from train_eval import evaluate, read_rows
 
 MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
@@ -90,7 +89,7 @@ class Run(NamedTuple):
     root: str | None       # what DIR is
     device_flags: list     # ["--device", NAME] where one was asked for
     device: torch.device
-    data: data.Data        # on the CPU, but for the images to test on
+    data: datasets.Data                                         # on the CPU, but for the images to test on
 
     @property
     def home(self):
@@ -132,7 +131,7 @@ def made(model, run):
     before = [made(BASE, run)[1]] if model in (FIFO, ADAPTIVE) else []
     line, path = model_line(model, run)
     type_in(*typed(line, run))
-    mine = read_header(path)["fingerprint"]
+    mine = files.read_header(path)["fingerprint"]
     if any(row.get("model") == model and row["weights"] != mine for row in read_rows(run.scale.rows)):
         raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
                         "rows")
@@ -156,7 +155,8 @@ def drawn(model, sampler, steps, guidance, budget, run):
             f"--guidance {guidance:g} --seconds {budget:g} {run.scale.draw} --npz --out {out}")
     type_in(*typed(line, run))
     record = json.loads((out / "distilled.json").read_text())
-    facts = {"model": model, "weights": read_header(path)["fingerprint"], "sampler": sampler, "steps": steps,
+    facts = {"model": model, "weights": files.read_header(path)["fingerprint"], "sampler": sampler,
+             "steps": steps,
              "guidance": guidance, "budget": budget, "drawn": round(record["seconds"], 2)}
     return Drawn(f"{out}/distilled.npz", record["ipc"], f"{lines}; {line}", facts)
 
@@ -213,9 +213,9 @@ def judged(source, ipc, protocol, run, pilots=False):
     """
     found = run.data._replace(recipe=replace(run.data.recipe, protocol=protocol))
     if pilots:
-        held = split(found.train, .2)[1].to(run.device)
+        held = datasets.split(found.train, .2)[1].to(run.device)
         found = found._replace(test=held, cut="tested on a fifth of the training images")
-    bf16 = protocol == "short" and gains_from_bf16(run.device)
+    bf16 = protocol == "short" and cli.gains_from_bf16(run.device)
     row = evaluate(source, found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0,
                    epochs=run.scale.epochs, bf16=bf16, keep=run.home / "judges")
     line = f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 {source}"
@@ -243,7 +243,7 @@ def last_row(ipc, run):
 def speed_row(run):
     """How fast the base was trained, and its share of a matrix product's rate."""
     path, line = made(BASE, run)
-    header, log = read_header(path), path.with_suffix(".log.jsonl").read_text().splitlines()
+    header, log = files.read_header(path), path.with_suffix(".log.jsonl").read_text().splitlines()
     settings, recipe, log = header["settings"], run.data.recipe, [json.loads(entry) for entry in log]
     rate = settings["batch"] * statistics.median(               # a stop, or compiling, slows one interval
         (b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(log))
@@ -262,8 +262,9 @@ def small_row(run):
     """Writes the smaller base model to weights/, in bfloat16; the row is of the float32 original."""
     path, line = made(SMALL, run)
     kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / path.name
-    diffusion.save_checkpoint(kept, {name: tensor.bfloat16() for name, tensor in load_tensors(path).items()},
-                              {**read_header(path), "command": line})
+    diffusion.save_checkpoint(kept,
+                              {name: tensor.bfloat16() for name, tensor in files.load_tensors(path).items()},
+                              {**files.read_header(path), "command": line})
     return {**sweep_row(SMALL, run.scale.tuned[0], run), "bytes": kept.stat().st_size}
 
 
@@ -432,34 +433,34 @@ def few(root):
     """Where four classes of CIFAR-100 lie, as class folders: 30 pictures each to train on, 10 to test."""
     place = pathlib.Path("out/pictures/cifar100-few")
     if not place.is_dir():
-        whole, half = data.load("cifar100", root), place.with_name(".half")
+        whole, half = datasets.load("cifar100", root), place.with_name(".half")
         for part, images, count in (("train", whole.train, 30), ("test", whole.test, 10)):
             for c, name in enumerate(images.classes[:4]):
                 for k, image in enumerate(images.images[images.labels == c][:count]):
-                    write_png(half / part / name / f"{k:02}.png", image)
+                    imageset.write_png(half / part / name / f"{k:02}.png", image)
         half.rename(place)
     return place
 
 
 def start(args):
     """The Run that the flags ask for."""
-    device, flags = device_named(args.device), [] if args.device == "auto" else ["--device", args.device]
+    device, flags = cli.device_named(args.device), [] if args.device == "auto" else ["--device", args.device]
     if device.type == "cpu" and not flags and not args.tiny:
         raise UserError("there is no GPU here, and a CPU would take weeks: --tiny shows that all of it runs "
                         "(--device cpu does it all the same)")
     if args.tiny:
         place = few(args.root)
-        found, data_flags = data.load(str(place)), f"--data {place}"
+        found, data_flags = datasets.load(str(place)), f"--data {place}"
     else:
-        found = data.load("cifar100", args.root)
+        found = datasets.load("cifar100", args.root)
         data_flags = "--data cifar100" + " --root DIR" * (args.root is not None)
     return Run(scale=TINY if args.tiny else FULL, data_flags=data_flags, root=args.root, device_flags=flags,
                device=device, data=found._replace(test=found.test.to(device)))
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
-    add_flags(parser, "root device")
+    parser = cli.new_parser(__doc__)
+    cli.add_flags(parser, "root device")
     parser.add_argument("--minutes", type=float,
                         help="stop after so many, with exit code 1 while rows are missing; what was begun "
                              "goes on the next time")
@@ -469,7 +470,7 @@ def main(argv=None):
                         help="measure nothing; rewrite the README's tables and plots")
     args = parser.parse_args(argv)
     scale = TINY if args.tiny else FULL
-    with one_sentence(parser):
+    with exit_on_user_error(parser):
         scale.rows.parent.mkdir(parents=True, exist_ok=True)
         if args.minutes is not None:
             if not args.minutes > 0:

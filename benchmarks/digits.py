@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 import convnet
 import minimax
 import sample
-from data import UserError, device_named, gains_from_bf16, load, new_parser, one_sentence, replacing
+from nanodd import cli, files
+from nanodd.data import datasets
+from nanodd.errors import UserError, exit_on_user_error
 from train_eval import (SELECTORS, count_epochs, evaluate, first_of_each, in_parts, read_distilled, read_rows,
                         train_judge, train_judges)
 
@@ -108,7 +110,7 @@ def budget_row(steps, seconds, data, bf16):
 @functools.cache
 def real_judge(bf16):
     """A judge trained on all real digits, and its features of those to test on: (judge, (540, F))."""
-    data = load()
+    data = datasets.load()
     epochs = count_epochs(data.recipe, len(data.train.labels), len(data.train.classes))
     judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed=0, bf16=bf16)
     return judge, in_parts(judge.embed, data.test.images, data.recipe)
@@ -249,7 +251,7 @@ def write_readme(parts):
         before, rest = text.split(f"<!-- {name} -->\n", 1)
         _, after = rest.split(f"<!-- end of {name} -->", 1)
         text = f"{before}<!-- {name} -->\n{part}\n<!-- end of {name} -->{after}"
-    with replacing(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
@@ -269,16 +271,16 @@ def plot(rows, path):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--tables", action="store_true",
                         help="measure nothing; rewrite the README's tables and plot")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
+    with exit_on_user_error(parser):
         if not args.tables:
-            device = device_named("cpu")
-            data = load()
+            device = cli.device_named("cpu")
+            data = datasets.load()
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
-            measure(data, gains_from_bf16(device))
+            measure(data, cli.gains_from_bf16(device))
         rows = read_rows(RESULTS)
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")

@@ -17,12 +17,13 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from throughput import flops, matrix_rate, seconds
-
-from data import RECIPES, add_flags, device_named, new_parser, one_sentence, to_uint8
-from diffusion import SIZES, Denoised, DiT, Plan, Trainer, chosen_bf16, difffit_parameters
+from diffusion import SIZES, Denoised, DiT, Plan, Trainer, difffit_parameters
 from minimax import MinMax
+from nanodd import cli, recipes
+from nanodd.data import imageset
+from nanodd.errors import exit_on_user_error
 from sample import guided, image_noise, sampler_of
+from throughput import flops, matrix_rate, seconds
 from vae import Autoencoder, Latents
 
 K = 10                                                          # classes
@@ -52,7 +53,7 @@ def sampling(args, recipe, device, autoencoder, product, bf16):
     for steps in args.steps:
         def draw(steps=steps):
             noise = image_noise(0, [("class", i) for i in range(B)], shape, device)
-            return to_uint8(decode(sampler_of("ddpm", steps, "uniform").draw(predict, noise))).cpu()
+            return imageset.to_uint8(decode(sampler_of("ddpm", steps, "uniform").draw(predict, noise))).cpu()
         spent = seconds(draw, device, rounds=3, least=0)
         rate = (steps * call + pictures) / spent
         found[f"{steps} steps"] = {"images_per_second": B / spent, "share": rate / product}
@@ -113,18 +114,19 @@ def tuning(args, recipe, device, autoencoder, product, bf16):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--network", default="S", choices=("S", "B", "L", "XL"),
                         help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="images drawn at once (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 50], help="(default: 10 50)")
-    add_flags(parser, "device compile bf16")
+    cli.add_flags(parser, "device compile bf16")
     parser.add_argument("--recompute", action="store_true", help="fine-tune with block checkpointing")
     parser.add_argument("--out", type=pathlib.Path, help="a .jsonl file to append the figures to")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
-        device, recipe = device_named(args.device), replace(RECIPES["imagenet"], network=args.network)
-        bf16 = chosen_bf16(args.bf16, device, SIZES[args.network][1])
+    with exit_on_user_error(parser):
+        device, recipe = cli.device_named(args.device), replace(recipes.RECIPES["imagenet"],
+                                                                network=args.network)
+        bf16 = cli.chosen_bf16(args.bf16, device, SIZES[args.network][1])
         torch.manual_seed(0)
         width = 8192 if device.type == "cuda" else 2048
         kind = torch.bfloat16 if bf16 else torch.float32

@@ -20,9 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from convnet import ConvNet
-from data import device_named, gains_from_bf16, load, new_parser, one_sentence
 from diffusion import DiT, Plan, Trainer, batch_index, denoising_loss, draw
 from minimax import MinMax
+from nanodd import cli
+from nanodd.data import datasets
+from nanodd.errors import exit_on_user_error
 from sample import guided
 from train_eval import dsa, normalise, train_judge, train_judges
 from uvit import UViT
@@ -63,18 +65,18 @@ def matrix_rate(device, dtype=torch.float32, width=2048):
 
 
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:N or mps (default: the fastest here)")
     args = parser.parse_args(argv)
-    with one_sentence(parser):
-        device = device_named(args.device)
+    with exit_on_user_error(parser):
+        device = cli.device_named(args.device)
         measure(device)
 
 
 def measure(device):
     torch.manual_seed(0)
-    _, recipe, train, _, _ = load()
+    _, recipe, train, _, _ = datasets.load()
     train, rows = train.to(device), torch.arange(11, device=device)
     product = matrix_rate(device)
     print(f"matrix product, 2048 wide, fp32 | {product / 1e9:.0f} GFLOP/s | "
@@ -145,7 +147,7 @@ def judging(recipe, train, device):
 
 def forwards(device):
     """CIFAR-100's networks."""
-    bf16 = gains_from_bf16(device)
+    bf16 = cli.gains_from_bf16(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     product = matrix_rate(device, dtype)
     x, t = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device)

@@ -14,24 +14,33 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import data as data_module
 import diffusion
 import uvit
 import vae
+from nanodd import recipes
+from nanodd.data import archives
 
 
 def shrink():
     """(where, name, value): a network and training lengths that take a blink."""
-    recipes = data_module.RECIPES
     short = {"network": "mini", "steps": 6, "batch": 8, "tune_steps": 4, "tune_batch": 8}
     return [(diffusion.SIZES, "mini", (2, 32, 2)), (uvit.SIZES, "mini", (2, 32, 2)),
-            (recipes, "digits", dataclasses.replace(recipes["digits"], epochs=4, views=600, **short)),
-            (recipes, "folder", dataclasses.replace(recipes["folder"], size=8, judge_size=8, patch=2,
+            (recipes.RECIPES, "digits",
+             dataclasses.replace(recipes.RECIPES["digits"], epochs=4, views=600, **short)),
+            (recipes.RECIPES, "folder",
+             dataclasses.replace(recipes.RECIPES["folder"], size=8, judge_size=8, patch=2,
                                                     epochs=2, views=200, **short)),
-            (recipes, "imagenet", dataclasses.replace(recipes["imagenet"], size=8, judge_size=64,
+            (recipes.RECIPES, "imagenet",
+             dataclasses.replace(recipes.RECIPES["imagenet"], size=8, judge_size=64,
                                                       weights="DiT-S-2-64x64", network="S", tune_batch=4))]
+
+
+def dry_run(argv):
+    """What `python diffusion.py --dry-run` says of a data set."""
+    diffusion.main([*argv, "--dry-run"])
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +78,7 @@ def imagenet_files(tmp_path_factory):
     wnids; random weights of DiT-S/2's published layout, and of a narrow autoencoder's.
     """
     home, random = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
-    for k, wnid in enumerate(data_module.SUBSETS["imagewoof"]):
+    for k, wnid in enumerate(archives.SUBSETS["imagewoof"]):
         for part, names in (("train", (f"{wnid}_1.JPEG", f"{wnid}_2.JPEG")),
                             ("val", (f"ILSVRC2012_val_{k:08}.JPEG",))):
             (home / "root" / part / wnid).mkdir(parents=True)
@@ -118,9 +127,9 @@ def kill_and_resume():
 
     def run(module, argv, when):
         code = (f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
-                f"import conftest, diffusion, {module}\n"
+                f"import conftest, {module}, nanodd.files\n"
                 f"for where, name, value in conftest.shrink(): where[name] = value\n"
-                f"diffusion.SAVE_EVERY = 0\n{module}.main({list(map(str, argv))!r})")
+                f"nanodd.files.SAVE_EVERY = 0\n{module}.main({list(map(str, argv))!r})")
         victim, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 60
         while not when():
             assert victim.poll() is None, "it ended before it could be killed"

@@ -5,21 +5,21 @@ import sys
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
 
 import conftest
-import torch
-
-import data
 import diffusion
 import minimax
 import sample
 import uvit
 import vae
+from nanodd import processes
+from nanodd.data import datasets
+import torch
 
 files, out = conftest.ImageNet(*map(pathlib.Path, sys.argv[1:4])), sys.argv[4]
 for where, name, value in conftest.shrink():
     where[name] = value
 vae.WIDTHS = conftest.NARROW
 
-with data.many_processes():                                     # one group for all of it
+with processes.process_group():                                 # one group for all of it
     base = ["--base", "out/digits/base.safetensors", "--steps", "4"]
     minimax.main([*base, "--lambda-r", "0", "--lambda-d", "0", "--out", f"{out}/zero"])
     minimax.main([*base, "--lambda-r", ".1", "--lambda-d", ".1", "--out", f"{out}/both"])
@@ -32,7 +32,7 @@ with data.many_processes():                                     # one group for 
                   "--out", f"{out}/woof"])
 
     # the memories after three steps
-    train, losses = data.load("digits").train, minimax.MinMax(.1, .1)
+    train, losses = datasets.load("digits").train, minimax.MinMax(.1, .1)
     torch.manual_seed(0)
     plan = diffusion.Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
     model = diffusion.DiT("mini", size=8, patch=2, channels=1, classes=10)
@@ -40,4 +40,4 @@ with data.many_processes():                                     # one group for 
     trainer = diffusion.Trainer(model, train, torch.arange(11), plan, losses)
     for step in range(3):
         trainer.step(step)
-    torch.save(losses.state_dict(), f"{out}/memories-{data.rank()}.pt")
+    torch.save(losses.state_dict(), f"{out}/memories-{processes.rank()}.pt")

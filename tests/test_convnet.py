@@ -11,7 +11,7 @@ from torch import nn
 
 import convnet
 from convnet import ConvNet, judge
-from data import UserError
+from nanodd.errors import UserError
 
 
 @pytest.mark.parametrize("size, classes, count", [(32, 100, 504_420), (64, 200, 1_938_120)])

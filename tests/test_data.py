@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from data import ImageSet, UserError, load, open_image, read_set, to_float, to_uint8
+from conftest import dry_run
+from nanodd import cli, files
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError, exit_on_user_error
 
 
 def test_digits_are_split_once_and_for_all():
-    _, _, train, test, _ = load("digits")
+    _, _, train, test, _ = datasets.load("digits")
     assert len(train.labels) == 1257 and len(test.labels) == 540
     assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (1, 8, 8)
     assert train.images.min() == 0 and train.images.max() == 255
@@ -23,7 +25,7 @@ def test_digits_are_split_once_and_for_all():
 
 
 def test_the_validation_part_never_touches_the_test_split():
-    whole, held = load("digits"), load("digits", validation=True)
+    whole, held = datasets.load("digits"), datasets.load("digits", validation=True)
     seen = {bytes(image.numpy().tobytes()) for image in whole.train.images}
     assert len(held.train.labels) + len(held.test.labels) == 1257
     assert all(image.numpy().tobytes() in seen for image in held.test.images)
@@ -33,8 +35,8 @@ def test_the_validation_part_never_touches_the_test_split():
 
 def test_uint8_survives_the_trip_through_floats():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_float(every)), every)
-    assert to_float(every).min() == -1 and to_float(every).max() == 1
+    assert torch.equal(imageset.to_uint8(imageset.to_float(every)), every)
+    assert imageset.to_float(every).min() == -1 and imageset.to_float(every).max() == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
@@ -45,27 +47,27 @@ def test_a_picture_of_any_mode_is_read(tmp_path, mode):
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     image.save(path)
     for channels in (1, 3):
-        read = open_image(path, channels=channels)
+        read = imageset.open_image(path, channels=channels)
         assert read.shape == (channels, 16, 16) and read.dtype == torch.uint8
         if mode not in ("1", "CMYK", "P"):
             assert (read[0].float() - torch.from_numpy(grey).float()).abs().max() <= 1
-    assert open_image(path, size=8).shape == (3, 8, 8)
+    assert imageset.open_image(path, size=8).shape == (3, 8, 8)
 
 
 def test_transparent_is_white_and_webp_is_read(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.webp", lossless=True)
-    assert (open_image(tmp_path / "clear.webp") == 255).all()
+    assert (imageset.open_image(tmp_path / "clear.webp") == 255).all()
 
 
 def test_resizing_keeps_the_centre(tmp_path):
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255                                         # the middle third is white
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert (open_image(tmp_path / "wide.png", size=8) == 255).all()
+    assert (imageset.open_image(tmp_path / "wide.png", size=8) == 255).all()
 
 
 def test_labels_follow_names_not_positions(pictures):
-    found = read_set(pictures, 8, 3, classes=["bee", "ant"])      # another order than the folders'
+    found = imageset.read_set(pictures, 8, 3, classes=["bee", "ant"])       # another order than the folders'
     assert found.classes == ["bee", "ant"]
     assert found.images[found.labels == 0].float().mean() > 150   # bees are bright
     assert found.images[found.labels == 1].float().mean() < 100
@@ -74,17 +76,17 @@ def test_labels_follow_names_not_positions(pictures):
 def test_labels_survive_an_npz(tmp_path):
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=[0, 1, 2, 0, 1, 2], classes=["x", "y", "z"])
-    found = read_set(tmp_path / "set.npz", 8, 3, classes=["z", "x", "y"])
+    found = imageset.read_set(tmp_path / "set.npz", 8, 3, classes=["z", "x", "y"])
     assert torch.equal(found.images, images) and found.labels.tolist() == [1, 2, 0, 1, 2, 0]
 
 
 def test_a_missing_or_extra_class_is_an_error(pictures):
     with pytest.raises(UserError, match="missing.*cat.*unexpected.*bee"):
-        read_set(pictures, 8, 3, classes=["ant", "cat"])
+        imageset.read_set(pictures, 8, 3, classes=["ant", "cat"])
 
 
 def test_a_folder_without_a_split_gets_a_fixed_one(pictures, capsys):
-    first, second = load(str(pictures)), load(str(pictures))
+    first, second = datasets.load(str(pictures)), datasets.load(str(pictures))
     assert torch.equal(first.test.images, second.test.images)
     assert first.name == "pictures" and len(first.train.labels) == 16 and len(first.test.labels) == 4
     assert "a fixed fifth" in capsys.readouterr().out
@@ -95,29 +97,29 @@ def test_train_and_test_folders_are_taken_as_they_are(pictures, tmp_path):
     root.mkdir()
     pictures.rename(root / "train")
     with pytest.raises(UserError, match="needs .*test or .*val"):
-        load("folder", str(root))
+        datasets.load("folder", str(root))
     for name in ("ant", "bee"):
         (root / "val" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(root / "val" / name / "0.png")
-    assert len(load("folder", str(root)).test.labels) == 2
+    assert len(datasets.load("folder", str(root)).test.labels) == 2
     (root / "val" / "bee" / "0.png").unlink()
     with pytest.raises(UserError, match="val/bee holds no images"):
-        load("folder", str(root))
+        datasets.load("folder", str(root))
 
 
 def test_what_cannot_be_read_is_named(pictures, tmp_path, sentence):
-    assert "neither a folder nor" in sentence(data.main, "--data", "nowhere")
-    assert "there is no folder" in sentence(data.main, "--data", "folder", "--root", "nowhere")
-    assert "leave --root out" in sentence(data.main, "--root", pictures)
+    assert "neither a folder nor" in sentence(dry_run, "--data", "nowhere")
+    assert "there is no folder" in sentence(dry_run, "--data", "folder", "--root", "nowhere")
+    assert "leave --root out" in sentence(dry_run, "--root", pictures)
     (tmp_path / "empty").mkdir()
-    assert "holds no class folders" in sentence(data.main, "--data", tmp_path / "empty")
+    assert "holds no class folders" in sentence(dry_run, "--data", tmp_path / "empty")
     (pictures / "ant" / "3.png").write_bytes(b"not a picture")
-    assert "ant/3.png" in sentence(data.main, "--data", pictures)
+    assert "ant/3.png" in sentence(dry_run, "--data", pictures)
     for broken in pictures.glob("ant/*"):
         broken.unlink()
-    assert "ant holds no images" in sentence(data.main, "--data", pictures)
+    assert "ant holds no images" in sentence(dry_run, "--data", pictures)
     (pictures / "ant").rmdir()
-    assert "one class only (bee)" in sentence(data.main, "--data", pictures)
+    assert "one class only (bee)" in sentence(dry_run, "--data", pictures)
 
 
 @pytest.mark.parametrize("error, words", [
@@ -126,8 +128,8 @@ def test_what_cannot_be_read_is_named(pictures, tmp_path, sentence):
 def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, words):
     kept = tmp_path / "kept"
     kept.write_text("good")
-    with pytest.raises(SystemExit) as stop, data.one_sentence(data.new_parser("")), \
-            data.replacing(kept) as temporary:
+    with pytest.raises(SystemExit) as stop, exit_on_user_error(cli.new_parser("")), \
+            files.atomic_write(kept) as temporary:
         temporary.write_text("half")
         raise error
     assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -135,7 +137,7 @@ def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, wo
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ValueError), data.one_sentence(data.new_parser("")):
+    with pytest.raises(ValueError), exit_on_user_error(cli.new_parser("")):
         raise ValueError("ours")
 
 
@@ -143,35 +145,36 @@ def test_a_cut_off_download_is_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "weights.bin").write_bytes(bytes(10))
     url = (tmp_path / "weights.bin").as_uri()
-    assert data.fetch(url, "whole.bin", "--flag").read_bytes() == bytes(10)
+    assert files.fetch(url, "whole.bin", "--flag").read_bytes() == bytes(10)
 
     def short(url, filename, advance):
         raise urllib.error.ContentTooShortError("got 5 out of 10 bytes", None)
     monkeypatch.setattr("urllib.request.urlretrieve", short)
     with pytest.raises(UserError, match="cannot fetch .* point --flag at the file"):
-        data.fetch(url, "cut.bin", "--flag")
+        files.fetch(url, "cut.bin", "--flag")
     assert [path.name for path in (tmp_path / "hub/checkpoints").iterdir()] == ["whole.bin"]
 
 
 def test_out_of_memory_is_a_sentence_on_a_cpu_too(capsys):
     for full in (lambda: torch.empty(10**15), lambda: bytes(10**15)):
-        with pytest.raises(SystemExit), data.one_sentence(data.new_parser("a test")):
+        with pytest.raises(SystemExit), exit_on_user_error(cli.new_parser("a test")):
             full()
         assert "out of memory" in capsys.readouterr().err
 
 
 def test_a_renamed_class_is_another_data_set():
-    whole = data.load("digits").train
+    whole = datasets.load("digits").train
     renamed = whole._replace(classes=[*whole.classes[:9], "nine"])
-    assert data.data_print(whole) != data.data_print(renamed)
+    assert imageset.fingerprint(whole) != imageset.fingerprint(renamed)
 
 
 def test_digits_are_no_latents(sentence):
-    assert "drawn as pixels" in sentence(data.main, "--recipe", "imagenet")
+    assert "drawn as pixels" in sentence(dry_run, "--recipe", "imagenet")
 
 
 def test_kept_commands_hold_no_absolute_path(tmp_path):
-    assert data.command("/x/sample.py", [f"--out={tmp_path}/a", str(tmp_path / "b"), "--ipc", "1"]) == \
+    assert cli.command_line_of("/x/sample.py",
+                               [f"--out={tmp_path}/a", str(tmp_path / "b"), "--ipc", "1"]) == \
         "python sample.py --out=a b --ipc 1"
 
 
@@ -184,5 +187,6 @@ def test_an_absent_device_is_refused(sentence):
 
 def test_a_split_keeps_the_shares_of_the_classes():
     labels = torch.tensor([0] * 80 + [1] * 20)
-    kept, held = data.split(ImageSet(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels, ["a", "b"]), .2)
+    kept, held = datasets.split(imageset.ImageSet(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels,
+                                                  ["a", "b"]), .2)
     assert held.labels.bincount().tolist() == [16, 4] and kept.labels.bincount().tolist() == [64, 16]

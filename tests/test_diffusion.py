@@ -8,8 +8,10 @@ import safetensors.torch
 import torch
 
 import diffusion
-from data import UserError, fingerprint, load
 from diffusion import DiT, Plan, Schedule, Trainer, denoising_loss
+from nanodd import files, processes
+from nanodd.data import datasets
+from nanodd.errors import UserError
 
 
 def test_the_schedule_has_the_published_values():
@@ -188,7 +190,7 @@ def test_blocks_may_be_worked_out_again():
         model.zero_grad()
         model(x, t, y).square().sum().backward()
         parameters = model.named_parameters()
-        grads.append(fingerprint({name: p.grad for name, p in parameters if p.requires_grad}))
+        grads.append(files.fingerprint({name: p.grad for name, p in parameters if p.requires_grad}))
     assert grads[0] == grads[1]
 
 
@@ -204,7 +206,7 @@ def test_in_bfloat16_neighbouring_times_still_differ():
 
 
 def test_autocast_keeps_what_is_trained_in_float32():
-    train, rows = load("digits").train, torch.arange(11)
+    train, rows = datasets.load("digits").train, torch.arange(11)
     losses = {}
     for bf16 in (False, True):
         torch.manual_seed(0)
@@ -221,7 +223,7 @@ def test_autocast_keeps_what_is_trained_in_float32():
 
 
 def test_a_constant_average_keeps_its_share_of_the_start():
-    train, rows = load("digits").train, torch.arange(11)
+    train, rows = datasets.load("digits").train, torch.arange(11)
     one = Trainer(small(), train, rows, Plan(steps=9, batch=4, lr=1e-2, decay=False, ema=.9, seed=0,
                                              flip=False, beta2=.999, warm=False))
     name, path = "y_embedder.embedding_table.weight", []
@@ -234,9 +236,9 @@ def test_a_constant_average_keeps_its_share_of_the_start():
 
 
 def test_a_batch_must_divide_over_the_processes(monkeypatch):
-    monkeypatch.setattr(diffusion, "world", lambda: 3)
+    monkeypatch.setattr(processes, "world", lambda: 3)
     with pytest.raises(UserError, match="a batch of 8 does not divide over 3 processes"):
-        Trainer(small(), load("digits").train, torch.arange(11),
+        Trainer(small(), datasets.load("digits").train, torch.arange(11),
                 Plan(steps=1, batch=8, lr=1e-3, decay=False, ema=.9, seed=0, flip=False))
 
 
@@ -250,7 +252,7 @@ def test_the_loss_of_a_perfect_guess_is_zero_and_hands_back_x0():
 
 
 def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
-    train, rows, dropped, seen = load("digits").train, torch.arange(11), 0, []
+    train, rows, dropped, seen = datasets.load("digits").train, torch.arange(11), 0, []
     for step in range(100):
         x0, y, t, eps = diffusion.draw(train, 50, step, 0, False, rows, Schedule())
         labels = train.labels[diffusion.batch_index(len(train.labels), 50, step, 0)]
@@ -263,7 +265,7 @@ def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
 
 
 def test_a_step_is_a_function_of_its_number():
-    train, rows = load("digits").train, torch.arange(11)
+    train, rows = datasets.load("digits").train, torch.arange(11)
     one, two = (diffusion.draw(train, 8, 17, 3, True, rows, Schedule()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     other = diffusion.draw(train, 8, 18, 3, True, rows, Schedule())
@@ -296,7 +298,7 @@ def test_a_checkpoint_rebuilds_the_network(tmp_path):
     model, header = diffusion.load_model("out/digits/base.safetensors")
     assert header["classes"] == [str(c) for c in range(10)] and header["rows"] == list(range(11))
     assert header["command"] == "python diffusion.py --steps 2" and header["step"] == 2
-    assert header["fingerprint"] == diffusion.fingerprint(model.state_dict())
+    assert header["fingerprint"] == files.fingerprint(model.state_dict())
     assert not model.training
 
 
@@ -309,7 +311,7 @@ def test_the_same_settings_are_left_alone_and_others_refused(capsys, sentence):
     assert "steps 2 there, 3 here" in said and "--out ELSEWHERE" in said and "--overwrite" in said
     assert open("out/digits/base.safetensors", "rb").read() == before
     diffusion.main(["--steps", "3", "--overwrite"])
-    assert diffusion.read_header("out/digits/base.safetensors")["step"] == 3
+    assert files.read_header("out/digits/base.safetensors")["step"] == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sentence):
@@ -325,7 +327,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, sentence):
         raise OSError(28, "No space left on device", str(self))
     with monkeypatch.context() as patch:                          # while the state for resuming is written
         patch.setattr("pathlib.Path.write_bytes", full)
-        patch.setattr(diffusion, "SAVE_EVERY", 0)
+        patch.setattr(files, "SAVE_EVERY", 0)
         assert "No space left on device" in sentence(diffusion.main, "--steps", "50")
 
     def full(*_, **__):
@@ -343,7 +345,7 @@ def test_other_files_are_no_checkpoints(tmp_path, sentence):
 
 
 def test_a_stopped_trainer_goes_on_to_the_same_bits():
-    train, rows = load("digits").train, torch.arange(11)
+    train, rows = datasets.load("digits").train, torch.arange(11)
     plan = Plan(steps=8, batch=8, lr=1e-3, decay=True, ema=.9, seed=0, flip=False)
 
     def new():
@@ -357,5 +359,5 @@ def test_a_stopped_trainer_goes_on_to_the_same_bits():
     second.load_state_dict(first.state_dict())
     for step in range(4, 8):
         second.step(step)
-    assert diffusion.fingerprint(whole.average) == diffusion.fingerprint(second.average)
-    assert diffusion.fingerprint(whole.tuned) == diffusion.fingerprint(second.tuned)
+    assert files.fingerprint(whole.average) == files.fingerprint(second.average)
+    assert files.fingerprint(whole.tuned) == files.fingerprint(second.tuned)

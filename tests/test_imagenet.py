@@ -7,14 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import data
 import diffusion
 import minimax
 import sample
 import train_eval
 import vae
-from data import SUBSETS, class_list, imagenet_classes, load
-from diffusion import load_model, read_header
+from diffusion import load_model
+from nanodd import files, recipes
+from nanodd.data import archives, datasets, imageset
 
 # Section 2.5 of the method's facts: class, and its row in the published weights' label table
 ROWS = {"imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],
@@ -31,16 +31,17 @@ def tune(imagenet, *more):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_class_has_its_published_row_whatever_lies_beside_it(name):
-    header = {"classes": imagenet_classes(), "rows": list(range(1001)), "data": "imagenet"}
-    assert diffusion.rows_of(header, class_list(name), "file") == [*ROWS[name], 1000]
+    header = {"classes": archives.imagenet_classes(), "rows": list(range(1001)), "data": "imagenet"}
+    assert diffusion.rows_of(header, archives.class_list(name), "file") == [*ROWS[name], 1000]
 
 
 def test_the_class_lists_are_whole():
-    everything = imagenet_classes()
+    everything = archives.imagenet_classes()
     assert len(everything) == 1000 and everything == sorted(everything)
-    assert class_list("imagenet") == everything and class_list("digits") is None
-    assert len(set(SUBSETS["imagenet100"])) == 100 and set(SUBSETS["imagenet100"]) <= set(everything)
-    assert class_list("imageidc-validation") == SUBSETS["imagenet100"][:10]
+    assert archives.class_list("imagenet") == everything and archives.class_list("digits") is None
+    hundred = archives.SUBSETS["imagenet100"]
+    assert len(set(hundred)) == 100 and set(hundred) <= set(everything)
+    assert archives.class_list("imageidc-validation") == archives.SUBSETS["imagenet100"][:10]
 
 
 def test_pictures_to_judged_set(imagenet, capsys):
@@ -48,8 +49,8 @@ def test_pictures_to_judged_set(imagenet, capsys):
     said = capsys.readouterr().out
     assert "ImageNet's own split, 20 images to train on, 10 to test" in said
     assert "encoding the pictures of 10 of 10 classes" in said
-    header = read_header("out/imagewoof/minimax.safetensors")
-    assert header["rows"] == [*ROWS["imagewoof"], 1000] and header["classes"] == SUBSETS["imagewoof"]
+    header = files.read_header("out/imagewoof/minimax.safetensors")
+    assert header["rows"] == [*ROWS["imagewoof"], 1000] and header["classes"] == archives.SUBSETS["imagewoof"]
     assert header["cut"].startswith("ImageNet's own split") and header["latents"]
     assert header["config"]["learned_variance"] and header["config"]["difffit"]
     assert pathlib.Path("out/imagewoof/minimax.safetensors").stat().st_size < 4e6  # what was tuned, alone
@@ -58,8 +59,8 @@ def test_pictures_to_judged_set(imagenet, capsys):
                  "1", "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
     assert "-> python train_eval.py --data imagewoof --root DIR\n" in capsys.readouterr().out
     record = json.loads(pathlib.Path("out/imagewoof/distilled.json").read_text())
-    assert record["classes"] == SUBSETS["imagewoof"] and record["settings"]["guidance"] == 4
-    drawn = data.read_set("out/imagewoof/distilled", classes=SUBSETS["imagewoof"])
+    assert record["classes"] == archives.SUBSETS["imagewoof"] and record["settings"]["guidance"] == 4
+    drawn = imageset.read_set("out/imagewoof/distilled", classes=archives.SUBSETS["imagewoof"])
     assert drawn.images.shape == (10, 3, 64, 64) and sorted(drawn.labels.tolist()) == list(range(10))
     train_eval.main(["--data", "imagewoof", "--root", str(imagenet.root), "--runs", "1", "--epochs", "2"])
     rows = [json.loads(line) for line in open("out/imagewoof/results.jsonl")]
@@ -69,11 +70,11 @@ def test_pictures_to_judged_set(imagenet, capsys):
 
 def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet, sentence):
     diffusion.main(["--weights", str(imagenet.weights)])
-    base = diffusion.published_base(data.RECIPES["imagenet"])
+    base = diffusion.published_base(recipes.RECIPES["imagenet"])
     sample.main(["--data", "imageidc", "--checkpoint", str(base), "--steps", "1", "--ipc", "1",
                  "--vae", str(imagenet.vae)])
     assert sorted(path.name for path in pathlib.Path("out/imageidc/distilled").iterdir()) == \
-        sorted(SUBSETS["imageidc"])
+        sorted(archives.SUBSETS["imageidc"])
     assert "is of the data set imagenet, not digits" in sentence(sample.main, "--checkpoint", base)
 
 
@@ -128,7 +129,7 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
         minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae),
                       "--steps", "1", "--out", "out/elsewhere"])
     assert "encoding" not in capsys.readouterr().out
-    wnid = SUBSETS["imagewoof"][4]
+    wnid = archives.SUBSETS["imagewoof"][4]
     picture = imagenet.root / "train" / wnid / f"{wnid}_1.JPEG"
     picture.write_bytes(picture.read_bytes() + b"\0")
     minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps",
@@ -160,10 +161,10 @@ def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path,
 
 def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     tune(imagenet)
-    whole = load("imagewoof", imagenet.root)
+    whole = datasets.load("imagewoof", imagenet.root)
     latents = vae.prepared(whole, str(imagenet.vae), torch.device("cpu"))
     assert latents.moments.shape == (20, 2, 8, 8, 8) and latents.moments.dtype == torch.float16
-    picture = data.to_float(whole.train.pick(torch.tensor([3])).read().images)
+    picture = imageset.to_float(whole.train.pick(torch.tensor([3])).read().images)
     autoencoder = vae.load_autoencoder(str(imagenet.vae))
     for side, x in enumerate((picture, picture.flip(3))):
         moments = torch.cat(autoencoder.encode(x), dim=1)[0]
@@ -185,9 +186,9 @@ def test_phases_are_tuned_apart_and_drawn_together(imagenet, capsys, sentence):
     assert all(pathlib.Path(f"out/imagewoof/{name}.safetensors").is_file() for name in names)
     words = ["--data", "imagewoof", "--steps", "1", "--ipc", "1", "--vae", str(imagenet.vae)]
     sample.main([*words, "--out", "out/together"])
-    whole = data.read_set("out/together/distilled", classes=SUBSETS["imagewoof"])
+    whole = imageset.read_set("out/together/distilled", classes=archives.SUBSETS["imagewoof"])
     sample.main([*words, "--out", "out/alone", "--checkpoint", f"out/imagewoof/{names[1]}.safetensors"])
-    alone = data.read_set("out/alone/distilled", classes=SUBSETS["imagewoof"][4:8])
+    alone = imageset.read_set("out/alone/distilled", classes=archives.SUBSETS["imagewoof"][4:8])
     for c in range(4):                                          # each class by its own phase
         pair = [found.images[found.labels == label].int() for found, label in ((whole, 4 + c), (alone, c))]
         assert (pair[0] - pair[1]).abs().max() <= 1
@@ -207,7 +208,7 @@ def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
     said = sentence(minimax.main, *words[:3], imagenet.root / "train", *words[4:])
     assert "there is no ImageNet at" in said
     assert "--root" in sentence(minimax.main, "--data", "imagewoof")
-    wnid = SUBSETS["imagewoof"][2]
+    wnid = archives.SUBSETS["imagewoof"][2]
     (imagenet.root / "train" / wnid / f"{wnid}_3.JPEG").write_bytes(b"\xff\xd8 no picture")
     said = sentence(minimax.main, *words)
     assert f"{wnid}_3.JPEG" in said and "1 of 3 images" in said and "--skip-broken" in said
@@ -223,10 +224,11 @@ def test_what_is_wrong_with_the_pictures_is_said(imagenet, sentence, capsys):
 
 
 def test_fastais_cut_is_told_from_imagenets_own(imagenet):
-    for wnid in SUBSETS["imagewoof"]:
+    for wnid in archives.SUBSETS["imagewoof"]:
         (imagenet.root / "val" / wnid / f"{wnid}_9.JPEG").write_bytes(
             next((imagenet.root / "train" / wnid).iterdir()).read_bytes())
-    assert load("imagewoof", imagenet.root).cut.startswith("fastai's re-split, 20 images to train on, 20")
+    assert datasets.load("imagewoof",
+                         imagenet.root).cut.startswith("fastai's re-split, 20 images to train on, 20")
 
 
 def test_out_of_memory_names_the_flag_that_helps(imagenet, sentence, monkeypatch):

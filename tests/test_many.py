@@ -12,8 +12,8 @@ import conftest
 import diffusion
 import minimax
 import vae
-from data import read_set
-from diffusion import load_tensors
+from nanodd import files
+from nanodd.data import imageset
 
 SCRIPT = pathlib.Path(__file__).parent / "many.py"
 
@@ -41,15 +41,15 @@ def both(imagenet_files, tmp_path_factory):
 
 
 def test_without_lambdas_two_processes_follow_one(both):
-    one, two = (load_tensors(both / name / "zero/minimax.safetensors") for name in ("one", "two"))
+    one, two = (files.load_tensors(both / name / "zero/minimax.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
-    start = load_tensors(both / "out/digits/base.safetensors")
+    start = files.load_tensors(both / "out/digits/base.safetensors")
     name = "y_embedder.embedding_table.weight"
     assert (one[name] - start[name]).abs().max() > 1e-4          # they did train
 
 
 def test_a_u_vit_learns_from_two_processes_as_from_one(both):
-    one, two = (load_tensors(both / name / "uvit/base.safetensors") for name in ("one", "two"))
+    one, two = (files.load_tensors(both / name / "uvit/base.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_all_processes_take_the_same_decision(both):
 
 
 def test_with_lambdas_each_process_has_its_own_extremum(both):
-    one, two = (load_tensors(both / name / "both/minimax.safetensors") for name in ("one", "two"))
+    one, two = (files.load_tensors(both / name / "both/minimax.safetensors") for name in ("one", "two"))
     assert max((one[key] - two[key]).abs().max() for key in one) > 1e-5
 
 
@@ -86,7 +86,7 @@ def test_two_processes_draw_the_same_files_as_one(both):
 
 def test_a_budget_ends_for_all_processes_at_once(both):
     record = json.loads((both / "two/budget/distilled.json").read_text())
-    drawn = read_set(both / "two/budget/distilled")
+    drawn = imageset.read_set(both / "two/budget/distilled")
     assert drawn.labels.bincount().tolist() == [record["ipc"]] * 10 and record["ipc"] > 0
 
 
@@ -94,7 +94,7 @@ def test_processes_share_the_encoding(both):
     one, two = (sorted((both / name).glob("latents/*")) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 10
     for here, there in zip(one, two, strict=True):
-        assert torch.equal(load_tensors(here)["moments"], load_tensors(there)["moments"])
+        assert torch.equal(files.load_tensors(here)["moments"], files.load_tensors(there)["moments"])
         assert vae.cache_header(here) == vae.cache_header(there)
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import memory
-from data import UserError
 from memory import Memory, policies
+from nanodd.errors import UserError
 
 
 def test_memory_forgets_the_oldest_first():

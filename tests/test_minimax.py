@@ -7,9 +7,10 @@ import torch
 
 import diffusion
 import minimax
-from data import load
-from diffusion import Denoised, DiT, Plan, Trainer, fingerprint
+from diffusion import Denoised, DiT, Plan, Trainer
 from minimax import MinMax
+from nanodd import files
+from nanodd.data import datasets
 
 
 def cosine(a, b):
@@ -89,7 +90,7 @@ def trainer(extra):
     model = DiT("mini", size=8, patch=2, channels=1, classes=10)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     plan = Plan(steps=5, batch=16, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
-    return Trainer(model, load("digits").train, torch.arange(11), plan, extra)
+    return Trainer(model, datasets.load("digits").train, torch.arange(11), plan, extra)
 
 
 def test_lambda_zero_is_plain_fine_tuning_bit_for_bit():
@@ -97,7 +98,7 @@ def test_lambda_zero_is_plain_fine_tuning_bit_for_bit():
     for step in range(5):
         for one in (plain, zero, full):
             report = one.step(step)
-    assert fingerprint(plain.tuned) == fingerprint(zero.tuned) != fingerprint(full.tuned)
+    assert files.fingerprint(plain.tuned) == files.fingerprint(zero.tuned) != files.fingerprint(full.tuned)
     assert 0 < report["repr"] < 2 and -1 < report["div"] < 1
 
 
@@ -117,7 +118,7 @@ def test_fine_tuning_makes_the_base_first_and_keeps_only_what_it_tuned(capsys):
     assert "making it first" in said and "-> python sample.py --steps 10" in said
     model, header = diffusion.load_model("out/digits/minimax.safetensors")
     base, _ = diffusion.load_model("out/digits/base.safetensors")
-    tuned = set(diffusion.load_tensors("out/digits/minimax.safetensors"))
+    tuned = set(files.load_tensors("out/digits/minimax.safetensors"))
     assert tuned == set(diffusion.difffit_parameters(model))
     for name, tensor in base.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]) == (name not in tuned)
@@ -156,5 +157,5 @@ def test_a_killed_run_goes_on_to_the_same_bits(kill_and_resume):
         resume = pathlib.Path(f"cut/{name}.resume.pt")
         said = kill_and_resume(module, [*argv, "--out", "cut"], resume.exists)
         assert "going on from step" in said and not resume.exists()
-        whole, cut = (diffusion.load_tensors(f"{out}/{name}.safetensors") for out in ("whole", "cut"))
-        assert fingerprint(whole) == fingerprint(cut)
+        whole, cut = (files.load_tensors(f"{out}/{name}.safetensors") for out in ("whole", "cut"))
+        assert files.fingerprint(whole) == files.fingerprint(cut)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import convnet
-import data
 import diffusion
 import memory
 import minimax
@@ -18,13 +17,13 @@ import sample
 import train_eval
 import uvit
 import vae
+from nanodd import recipes
 from train_eval import read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 README = (ROOT / "README.md").read_text()
 MAINS = {module.__name__: module
-         for module in (convnet, data, diffusion, memory, minimax, sample, train_eval, uvit, vae)}
+         for module in (convnet, diffusion, memory, minimax, sample, train_eval, uvit, vae)}
 
 
 def commands():
@@ -45,7 +44,8 @@ def test_every_command_parses(script, words, monkeypatch):
         said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).stdout.decode()
         assert {word for word in words if word.startswith("-")} <= set(re.findall(r"--[\w-]+", said))
         return
-    monkeypatch.setattr(MAINS[script[:-3]], "one_sentence", stop)  # the driver stops once arguments are read
+    # the driver stops once the arguments are read
+    monkeypatch.setattr(MAINS[script[:-3]], "exit_on_user_error", stop)
     with pytest.raises(Parsed):
         MAINS[script[:-3]].main(list(words))
 
@@ -129,7 +129,7 @@ def test_links_lead_somewhere():
 
 
 def test_a_file_imports_only_files_above_it():
-    order = ["data", "memory", "convnet", "vae", "diffusion", "uvit", "train_eval", "minimax", "sample"]
+    order = ["memory", "convnet", "vae", "diffusion", "uvit", "train_eval", "minimax", "sample"]
     for k, name in enumerate(order):
         text = (ROOT / f"{name}.py").read_text()
         assert set(re.findall(r"^from (\w+) import", text, re.M)) & set(order) <= set(order[:k])
@@ -161,7 +161,7 @@ def test_the_speed_at_imagenets_size_is_what_was_measured():
 
 
 def test_the_sizes_at_imagenets_scale_follow_from_the_recipe():
-    recipe = data.RECIPES["imagenet512"]                        # the tests' own "imagenet" is a small one
+    recipe = recipes.RECIPES["imagenet512"]                     # the tests' own "imagenet" is a small one
     cells, channels = (recipe.size // 2) ** 2, recipe.channels
     assert f"the latent cache {2 * 2 * channels * cells * 2 / 1e3:.0f} kB a picture" in README
     assert f"{12_454 * 2 * 2 * channels * cells * 2 / 1e9:.1f} GB for ImageWoof" in README

@@ -12,8 +12,11 @@ from torchvision.datasets import ImageFolder
 
 import minimax
 import sample
-from data import UserError, load_tensors, read_header, read_set
+import train_eval
 from diffusion import CLEAN, DiT, Schedule, save_checkpoint
+from nanodd import files
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError
 from sample import block, image_noise, sampler_of, timesteps
 from uvit import ContinuousSchedule
 
@@ -336,7 +339,7 @@ def tuned():
     minimax.main([])
 
 
-def files(out="out/digits"):
+def drawn_files(out="out/digits"):
     return {path.relative_to(out).as_posix(): path.read_bytes()
             for path in pathlib.Path(out).glob("distilled/*/*.png")}
 
@@ -354,36 +357,36 @@ def test_a_set_is_an_image_folder_with_its_labels(tuned, capsys):
 def test_smaller_sets_are_nested_in_larger_ones(tuned, capsys):
     sample.main(["--ipc", "3", "--out", "whole", "--batch", "7"])
     sample.main(["--ipc", "1", "--out", "grown", "--batch", "7"])
-    small = files("grown")
+    small = drawn_files("grown")
     sample.main(["--ipc", "3", "--out", "grown", "--batch", "7"])
-    assert files("grown") == files("whole") and set(small) < set(files("whole"))
+    assert drawn_files("grown") == drawn_files("whole") and set(small) < set(drawn_files("whole"))
     sample.main(["--ipc", "2", "--out", "grown", "--batch", "7"])
-    assert "left as it is" in capsys.readouterr().out and files("grown") == files("whole")
+    assert "left as it is" in capsys.readouterr().out and drawn_files("grown") == drawn_files("whole")
 
 
 def test_another_batch_size_moves_one_grey_level_at_most(tuned):
     sample.main(["--ipc", "3", "--out", "a", "--batch", "30", "--sampler", "ddpm"])
     sample.main(["--ipc", "3", "--out", "b", "--batch", "4", "--sampler", "ddpm"])
-    a, b = (read_set(f"{out}/distilled", 8, 1).images.int() for out in "ab")
+    a, b = (imageset.read_set(f"{out}/distilled", 8, 1).images.int() for out in "ab")
     assert (a - b).abs().max() <= 1
 
 
 def test_a_stopped_set_goes_on_to_the_same_bytes(tuned):
     sample.main(["--ipc", "4", "--batch", "8"])
-    whole = files()
+    whole = drawn_files()
     for lost in ("distilled/3/00001.png", "distilled/9/00003.png", "distilled/0/00003.png"):
         pathlib.Path("out/digits", lost).unlink()
     record = pathlib.Path("out/digits/distilled.json")
     record.write_text(json.dumps({**json.loads(record.read_text()), "ipc": 0}))
     sample.main(["--ipc", "4", "--batch", "8"])
-    assert files() == whole
+    assert drawn_files() == whole
 
 
 def test_a_killed_set_goes_on_to_the_same_bytes(tuned, kill_and_resume):
     argv = ["--ipc", "20", "--steps", "20", "--batch", "20", "--checkpoint", "out/digits/minimax.safetensors"]
     sample.main([*argv, "--out", "whole"])
     kill_and_resume("sample", [*argv, "--out", "cut"], pathlib.Path("cut/distilled/3/00004.png").exists)
-    assert files("cut") == files("whole") and len(files("whole")) == 200
+    assert drawn_files("cut") == drawn_files("whole") and len(drawn_files("whole")) == 200
 
 
 def test_a_budget_keeps_complete_rounds_only(tuned, capsys, sentence):
@@ -433,7 +436,7 @@ def test_auto_takes_the_steps_whose_pilot_makes_the_best_judge(tuned, capsys, mo
     worth, judged = iter([50.0, 70.0, 60.0]), []
 
     def judge(place):
-        judged.append(read_set(place, 8, 1))
+        judged.append(imageset.read_set(place, 8, 1))
         return next(worth)
     monkeypatch.setattr(sample, "judge_of_pilots", lambda args, recipe, device: judge)
     words = ["--steps", "auto", "--seconds", "1", "--batch", "10"]
@@ -463,7 +466,7 @@ def test_pilots_take_no_longer_than_the_budget_or_a_minute():
 
 def test_a_pilot_is_judged_on_training_images_held_back(tuned, monkeypatch):
     sample.main(["--ipc", "2", "--steps", "2"])
-    seen, train_judges = [], sample.train_judges
+    seen, train_judges = [], train_eval.train_judges
 
     def watched(trains, test, *rest, **how):
         seen.append(test)
@@ -473,7 +476,7 @@ def test_a_pilot_is_judged_on_training_images_held_back(tuned, monkeypatch):
         args = argparse.Namespace(data="digits", root=None, skip_broken=False, validation=validation, seed=0)
         worth = sample.judge_of_pilots(args, "digits", torch.device("cpu"))
         assert 0 <= worth("out/digits/distilled") <= 100
-    train, held = sample.load().train.images, sample.load(validation=True)
+    train, held = datasets.load().train.images, datasets.load(validation=True)
     whole = {image.numpy().tobytes() for image in train}
     rest = {image.numpy().tobytes() for image in held.train.images}
     assert torch.equal(seen[0].images, held.test.images) and len(seen[0].labels) == 252
@@ -501,7 +504,8 @@ def test_out_is_looked_into_first(tuned, capsys):
 def test_an_npz_holds_the_same_images(tuned):
     sample.main(["--ipc", "3", "--batch", "8"])
     sample.main(["--ipc", "3", "--batch", "8", "--npz", "--out", "npz"])
-    folder, npz = read_set("out/digits/distilled", 8, 1), read_set("npz/distilled.npz", 8, 1)
+    folder, npz = imageset.read_set("out/digits/distilled", 8, 1), imageset.read_set("npz/distilled.npz", 8,
+                                                                                     1)
     for c in range(10):
         assert torch.equal(folder.images[folder.labels == c], npz.images[npz.labels == c])
     assert not pathlib.Path("npz/distilled.npz.parts").exists()
@@ -515,7 +519,7 @@ def test_what_a_killed_write_left_is_not_joined(tuned):
     record = json.loads(pathlib.Path("whole/distilled.json").read_text())
     pathlib.Path("cut/distilled.json").write_text(json.dumps({**record, "ipc": 0}))
     sample.main([*words, "--out", "cut"])
-    whole, cut = (read_set(f"{out}/distilled.npz", 8, 1) for out in ("whole", "cut"))
+    whole, cut = (imageset.read_set(f"{out}/distilled.npz", 8, 1) for out in ("whole", "cut"))
     assert torch.equal(whole.images, cut.images) and torch.equal(whole.labels, cut.labels)
 
 
@@ -536,9 +540,9 @@ def test_phases_of_other_settings_are_not_mixed(sentence):
 
 def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
     sample.main(["--ipc", "1"])
-    kept = files()
+    kept = drawn_files()
     assert "steps 10 there, 5 here" in sentence(sample.main, "--steps", 5)
-    assert files() == kept
+    assert drawn_files() == kept
     other_data = ["--data", pictures, "--checkpoint", "out/digits/minimax.safetensors"]
     for argv, words in ((["--steps", 0], "--steps must be between 1 and 1000"),
                         (["--ipc", 0], "--ipc must be"),
@@ -555,7 +559,7 @@ def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
                         (other_data, "of the data set digits")):
         assert words in sentence(sample.main, *argv)
     sample.main(["--ipc", "1", "--steps", "5", "--overwrite"])
-    assert files() != kept
+    assert drawn_files() != kept
     pathlib.Path("out/digits/distilled.json").unlink()
     assert "no distilled.json says what it is" in sentence(sample.main, "--ipc", 1)
     shutil.rmtree("out/digits/distilled")
@@ -564,21 +568,22 @@ def test_what_makes_no_sense_is_refused(tuned, sentence, pictures):
 
 def test_the_base_can_be_sampled_too(tuned):
     sample.main(["--ipc", "1", "--checkpoint", "out/digits/base.safetensors", "--out", "base"])
-    assert len(files("base")) == 10
+    assert len(drawn_files("base")) == 10
 
 
 def test_who_has_no_model_draws_from_the_one_that_came_with_the_code(tuned, capsys, sentence):
     """In bfloat16, which halves the file and moves the images of a small network by a few grey levels."""
     path, shipped = "out/digits/base.safetensors", pathlib.Path("weights/digits/base.safetensors")
-    half = {name: tensor.bfloat16() for name, tensor in load_tensors(path).items()}
-    save_checkpoint(shipped, half, {**read_header(path), "command": "python diffusion.py, long ago"})
+    half = {name: tensor.bfloat16() for name, tensor in files.load_tensors(path).items()}
+    save_checkpoint(shipped, half, {**files.read_header(path), "command": "python diffusion.py, long ago"})
     sample.main(["--ipc", "1", "--checkpoint", path, "--out", "base"])
     sample.main(["--ipc", "1"])
-    assert "came with the code" not in capsys.readouterr().out and len(files()) == 10
+    assert "came with the code" not in capsys.readouterr().out and len(drawn_files()) == 10
     shutil.rmtree("out")                                          # their own came first
     sample.main(["--ipc", "1"])
     assert f"from {shipped}, which came with the code and was made by: python diffusion.py, long ago\n" in \
         capsys.readouterr().out
-    theirs, ours = (read_set(f"{out}/distilled", channels=1).images.int() for out in ("base", "out/digits"))
+    theirs, ours = (imageset.read_set(f"{out}/distilled", channels=1).images.int() for out
+                    in ("base", "out/digits"))
     assert 0 < (theirs - ours).abs().max() < 16
     assert "there is no out/digits-validation/minimax" in sentence(sample.main, "--validation")

@@ -15,14 +15,15 @@ from torch import nn
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-import data
 import minimax
 import sample
 import train_eval
-from data import load
+from nanodd import cli, files, recipes
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError
 from train_eval import count_epochs, evaluate, train_judge, train_judges
 
-plain = dataclasses.replace(data.RECIPES["digits"], augment="crop")
+plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 gu = dataclasses.replace(plain, protocol="gu")
 challenge = dataclasses.replace(plain, protocol="challenge")
 
@@ -32,14 +33,14 @@ def generator(seed=0):
 
 
 def test_the_judge_memorises_ten_images():
-    train = load("digits").train
+    train = datasets.load("digits").train
     ten = train.pick(torch.stack([(train.labels == c).nonzero()[0, 0] for c in range(10)]))
     _, accuracies = train_judge(ten, ten, plain, epochs=40, seed=0)
     assert accuracies[-1] == 100 and len(accuracies) == 10
 
 
 def test_the_judge_is_at_chance_on_shuffled_labels():
-    _, _, train, test, _ = load("digits")
+    _, _, train, test, _ = datasets.load("digits")
     labels = train.labels[torch.randperm(200, generator=generator())]
     shuffled = train.pick(torch.arange(200))._replace(labels=labels)
     _, accuracies = train_judge(shuffled, test, plain, epochs=15, seed=0, looks=1)
@@ -47,7 +48,7 @@ def test_the_judge_is_at_chance_on_shuffled_labels():
 
 
 def test_the_same_seed_gives_the_same_judge():
-    few = load("digits").train.pick(torch.arange(32))
+    few = datasets.load("digits").train.pick(torch.arange(32))
     one, two = (train_judge(few, few, plain, 2, 5)[0].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -55,7 +56,7 @@ def test_the_same_seed_gives_the_same_judge():
 def test_the_rate_falls_with_a_fresh_optimizer_after_half(monkeypatch):
     made, real = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda p, **how: made.append(how) or real(p, **how))
-    ten = load("digits").train.pick(torch.arange(10))
+    ten = datasets.load("digits").train.pick(torch.arange(10))
     train_judge(ten, ten, plain, epochs=6, seed=0)
     assert [how["lr"] for how in made] == [0.01, pytest.approx(0.001)]
     assert all(how["momentum"] == 0.9 and how["weight_decay"] == 5e-4 for how in made)
@@ -63,7 +64,7 @@ def test_the_rate_falls_with_a_fresh_optimizer_after_half(monkeypatch):
 
 def test_the_challenge_trains_1001_epochs_and_forgets_its_momentum_after_the_502nd(monkeypatch):
     sizes, rates, _, made = spy(monkeypatch)
-    ten = load("digits").train.pick(torch.arange(10))
+    ten = datasets.load("digits").train.pick(torch.arange(10))
     epochs = count_epochs(dataclasses.replace(challenge, epochs=3, views=5), 10**6, 10)     # not the recipe's
     stepped, real = [], torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda *p, **how: stepped.append(len(sizes)) or real(*p, **how))
@@ -116,7 +117,7 @@ def test_a_trial_of_stacked_judges_compares_the_two_ways_and_disturbs_nobody(mon
 @pytest.mark.parametrize("recipe", [plain, challenge, gu], ids=["short", "challenge", "gu"])
 @pytest.mark.parametrize("after", [13, 23, 30])                 # of 32 steps; the rate falls after 20 or 24
 def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_eval, "SAVE_EVERY", 0)
+    monkeypatch.setattr(files, "SAVE_EVERY", 0)
     few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]
     batch = train_eval.PROTOCOLS[recipe.protocol]._replace(batch=20)         # four a judge and epoch
     monkeypatch.setitem(train_eval.PROTOCOLS, recipe.protocol, batch)
@@ -137,11 +138,11 @@ def test_judges_go_on_where_they_were_killed(recipe, after, monkeypatch, tmp_pat
 
 
 def test_a_row_goes_on_with_its_judges_and_adds_its_seconds_up(monkeypatch, tmp_path):
-    data, took = load("digits"), []
-    row = lambda source="random", **how: evaluate(source, data, ipc=2, runs=2, seed=3, epochs=6, **how)
+    whole_set, took = datasets.load("digits"), []
+    row = lambda source="random", **how: evaluate(source, whole_set, ipc=2, runs=2, seed=3, epochs=6, **how)
     whole = row()
     with monkeypatch.context() as plug, pytest.raises(PulledPlug):
-        plug.setattr(train_eval, "SAVE_EVERY", 0)
+        plug.setattr(files, "SAVE_EVERY", 0)
         pull_the_plug(plug, 9)
         row(keep=tmp_path / "judges")
     desk, = (tmp_path / "judges").iterdir()
@@ -166,7 +167,7 @@ def two_threads():
 
 
 def three_sets():
-    train = load("digits").train
+    train = datasets.load("digits").train
     return [train.pick(torch.arange(k, k + 70)) for k in (0, 70, 140)]
 
 
@@ -175,7 +176,7 @@ def largest_gap(judges, others):
                for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("recipe", [data.RECIPES["digits"], gu], ids=["short", "gu"])
+@pytest.mark.parametrize("recipe", [recipes.RECIPES["digits"], gu], ids=["short", "gu"])
 def test_judges_in_lockstep_are_those_trained_apart(recipe):
     few = [part._replace(images=train_eval.at_size(part.images, 16)) for part in three_sets()]
     pupils = [train_eval.new_pupil(part, recipe, seed) for seed, part in enumerate(few)]
@@ -234,7 +235,7 @@ def test_what_compiles_is_trained(monkeypatch):
 
 def test_a_protocol_says_how_many_judges_a_row_has_and_of_how_many_bits(monkeypatch):
     """The challenge's judges work in float32 unless told otherwise."""
-    monkeypatch.setattr(train_eval, "gains_from_bf16", lambda _: True)
+    monkeypatch.setattr(cli, "gains_from_bf16", lambda _: True)
     monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
     for more in ([], ["--protocol", "challenge"], ["--protocol", "challenge", "--bf16", "--epochs", "2"]):
         train_eval.main(["random", "--ipc", "1", *more])
@@ -281,11 +282,12 @@ def test_the_challenges_score_is_the_mean_over_its_data_sets_and_of_exact_rows_a
 def test_the_score_is_printed_once_both_data_sets_have_their_row(name, home, score, monkeypatch, tmp_path,
                                                                  capsys):
     """A stand-in for CIFAR-100: digits in colour, and judges that are right half of the time."""
-    whole, recipe = load("digits", recipe="cifar100"), data.RECIPES["cifar100"]
-    monkeypatch.setattr(train_eval, "load", lambda *_: whole._replace(name=name, recipe=recipe))
+    whole, recipe = datasets.load("digits", recipe="cifar100"), recipes.RECIPES["cifar100"]
+    monkeypatch.setattr(datasets, "load", lambda *_: whole._replace(name=name, recipe=recipe))
     monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
     for c in range(10):
-        data.write_png(tmp_path / "made" / str(c) / "0.png", whole.train.images[whole.train.labels == c][0])
+        imageset.write_png(tmp_path / "made" / str(c) / "0.png",
+                           whole.train.images[whole.train.labels == c][0])
     twin = tmp_path / home.replace(name, "tiny-imagenet") / "results.jsonl"
     train_eval.main(["made", "--out", home])
     assert "challenge score" not in capsys.readouterr().out
@@ -297,17 +299,17 @@ def test_the_score_is_printed_once_both_data_sets_have_their_row(name, home, sco
 
 
 def test_a_distilled_folder_is_read_once(monkeypatch, tmp_path):
-    train, seen, real = load("digits").train, [], train_eval.read_set
+    train, seen, real = datasets.load("digits").train, [], imageset.read_set
     for c in range(10):
-        data.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
-    monkeypatch.setattr(train_eval, "read_set", lambda path, *how: seen.append(str(path)) or real(path, *how))
+        imageset.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
+    monkeypatch.setattr(imageset, "read_set", lambda path, *how: seen.append(str(path)) or real(path, *how))
     monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
     train_eval.main(["one", "one+random"])
     assert seen == ["one"]
 
 
 def test_copies_follow_the_images_and_keep_their_labels():
-    train = load("digits").train.pick(torch.arange(50))
+    train = datasets.load("digits").train.pick(torch.arange(50))
     more = train_eval.with_copies(train, 3, plain, generator())
     assert more.images.shape == (200, 1, 8, 8) and more.images.dtype == torch.uint8
     assert torch.equal(more.labels, train.labels.repeat(4)) and torch.equal(more.images[:50], train.images)
@@ -321,7 +323,7 @@ def test_post_augmentation_has_its_ranges_and_mirrors_only_where_the_recipe_does
     axis = torch.linspace(40, 215, 65)
     ramp = axis.expand(3000, 1, 65, 65).round().to(torch.uint8)   # brighter to the right
     for name, limit, share in (("digits", 15, 0), ("folder", 60, 0.8)):
-        out = train_eval.post_augment(ramp, data.RECIPES[name], generator()).float()[:, 0]
+        out = train_eval.post_augment(ramp, recipes.RECIPES[name], generator()).float()[:, 0]
         right, down = out[:, 32, 36] - out[:, 32, 28], out[:, 36, 32] - out[:, 28, 32]
         angle = torch.atan2(down, right.abs()).rad2deg()
         assert abs(float((right < 0).float().mean()) - share) < 0.03
@@ -414,14 +416,14 @@ def test_no_augmentation_asks_the_device_for_a_number(monkeypatch):
     labels = torch.zeros(3, dtype=torch.int64, device="meta")
     for protocol in train_eval.PROTOCOLS.values():
         for seed in range(20):
-            x, _ = protocol.augment(images, labels, data.RECIPES["cifar100"], generator(), generator(seed))
+            x, _ = protocol.augment(images, labels, recipes.RECIPES["cifar100"], generator(), generator(seed))
             assert x.shape == images.shape and x.device.type == "meta"
     constant = train_eval.constant((0.5, 0.25), torch.device("cpu"))
     assert constant is train_eval.constant((0.5, 0.25), torch.device("cpu"))
 
 
 def test_digits_are_never_mirrored():
-    assert "flip" not in data.RECIPES["digits"].augment and not data.RECIPES["digits"].flip
+    assert "flip" not in recipes.RECIPES["digits"].augment and not recipes.RECIPES["digits"].flip
 
 
 def test_selections_against_plain_loops():
@@ -438,7 +440,7 @@ def test_selections_against_plain_loops():
 
 
 def test_kmeans_of_one_image_is_the_class_mean():
-    train = load("digits").train
+    train = datasets.load("digits").train
     means = train_eval.kmeans(train, 1, None, generator())
     for c in range(10):
         mean = train.images[train.labels == c].double().mean(0).round()
@@ -451,7 +453,7 @@ def test_large_sets_get_fewer_epochs():
 
 
 def test_a_row_says_everything():
-    row = evaluate("random", load("digits"), ipc=2, runs=3, seed=0)
+    row = evaluate("random", datasets.load("digits"), ipc=2, runs=3, seed=0)
     assert row["images"] == 20 and row["ipc"] == 2 and len(row["accuracy"]) == row["runs"] == 3
     assert row["mean"] == pytest.approx(sum(row["accuracy"]) / 3, abs=1e-3)
     spread = math.sqrt(sum((a - row["mean"]) ** 2 for a in row["accuracy"]) / 2)
@@ -461,15 +463,15 @@ def test_a_row_says_everything():
 
 def test_labels_survive_the_trip_through_folders(tmp_path):
     """Real images written as a distilled folder train as well as the real images themselves."""
-    whole = load("digits")
+    whole = datasets.load("digits")
     counts = [0] * 10
     for image, label in zip(whole.train.images[:300], whole.train.labels[:300].tolist(), strict=True):
-        data.write_png(tmp_path / "real" / str(label) / f"{counts[label]:05}.png", image)
+        imageset.write_png(tmp_path / "real" / str(label) / f"{counts[label]:05}.png", image)
         counts[label] += 1
     row = evaluate(str(tmp_path / "real"), whole, ipc=None, runs=1, seed=0, epochs=20)
     assert row["images"] == 300 and row["mean"] > 85
     shutil.rmtree(tmp_path / "real" / "4")
-    with pytest.raises(data.UserError, match=r"missing \['4'\]"):
+    with pytest.raises(UserError, match=r"missing \['4'\]"):
         evaluate(str(tmp_path / "real"), whole, ipc=None, runs=1, seed=0)
 
 
@@ -481,16 +483,16 @@ def test_the_augmentation_stays_in_float32(monkeypatch):
         seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
         return x
     monkeypatch.setattr(train_eval, "dsa", note)
-    few = load("digits").train.pick(torch.arange(8))
+    few = datasets.load("digits").train.pick(torch.arange(8))
     train_judge(few, few, plain, 2, 0, bf16=True)
     assert seen == [(torch.float32, False)] * 2
 
 
 def test_a_judge_whose_loss_is_not_finite_is_no_row(monkeypatch):
     monkeypatch.setattr(train_eval, "dsa", lambda x, *_: x * math.nan)
-    few = load("digits").train.pick(torch.arange(8))
+    few = datasets.load("digits").train.pick(torch.arange(8))
     for seeds in ([0], [0, 1, 2]):                                # alone, and in threads
-        with pytest.raises(data.UserError, match="not finite in epoch 1"):
+        with pytest.raises(UserError, match="not finite in epoch 1"):
             train_judges([few] * len(seeds), few, plain, 2, seeds)
 
 
@@ -499,14 +501,14 @@ def test_runs_of_two_seeds_share_no_judge(monkeypatch):
     monkeypatch.setattr(train_eval, "train_judges",
                         lambda *p, **_: seeds.extend(p[4]) or [(None, [50.]) for _ in p[4]])
     for seed in (0, 1):
-        evaluate("random", load("digits"), ipc=1, runs=5, seed=seed)
+        evaluate("random", datasets.load("digits"), ipc=1, runs=5, seed=seed)
     assert len(set(seeds)) == 10
 
 
 def test_gu_is_for_a_hundred_classes_at_most(sentence, monkeypatch):
-    whole = load("digits")
+    whole = datasets.load("digits")
     many = whole.train._replace(classes=[str(c) for c in range(101)])
-    monkeypatch.setattr(train_eval, "load", lambda *_: whole._replace(train=many))
+    monkeypatch.setattr(datasets, "load", lambda *_: whole._replace(train=many))
     assert "up to 100 classes" in sentence(train_eval.main, "full", "--protocol", "gu")
 
 
@@ -541,7 +543,7 @@ def read_results(path="out/digits/results.jsonl"):
 
 
 def test_a_set_larger_than_the_real_one_has_no_random_row(capsys):
-    train = load("digits").train
+    train = datasets.load("digits").train
     np.savez("many.npz", images=torch.cat([train.images, train.images]),
              labels=torch.cat([train.labels, train.labels]), classes=train.classes)
     train_eval.main(["many.npz", "--runs", "1", "--epochs", "1"])
@@ -560,9 +562,9 @@ def test_what_makes_no_sense_is_refused(sentence, tmp_path):
                         (["random", "--net", "resnet18", "--size", 8], "16 pixels or more, not 8"),
                         (["random", "--ipc", 200], "fewer than --ipc 200")):
         assert words in sentence(train_eval.main, *argv)
-    train = load("digits").train
+    train = datasets.load("digits").train
     for c in range(10):
-        data.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
+        imageset.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
     assert "fewer than --ipc 3" in sentence(train_eval.main, "one", "--ipc", 3)
 
 
@@ -606,7 +608,7 @@ def spy(monkeypatch):
 
 def test_gu_batches_of_64_keep_the_last_part_and_one_optimizer(monkeypatch):
     sizes, rates, looks, made = spy(monkeypatch)
-    some = load("digits").train.pick(torch.arange(70))
+    some = datasets.load("digits").train.pick(torch.arange(70))
     train_judge(some, some, gu, 12, 0)
     assert sizes == [64, 6] * 12 and looks == list(range(2, 25, 2)) and len(made) == 1
     assert rates == [0.01] * 16 + [0.002] * 4 + [0.0004] * 4
@@ -615,13 +617,13 @@ def test_gu_batches_of_64_keep_the_last_part_and_one_optimizer(monkeypatch):
 
 def test_gu_looks_a_hundred_times_and_at_the_end(monkeypatch):
     _, _, looks, _ = spy(monkeypatch)
-    one = load("digits").train.pick(torch.arange(1))
+    one = datasets.load("digits").train.pick(torch.arange(1))
     train_judge(one, one, gu, 300, 0)
     assert looks == list(range(3, 301, 3))
 
 
 def test_the_judge_learns_under_gu():
-    train = load("digits").train
+    train = datasets.load("digits").train
     ten = train.pick(torch.stack([(train.labels == c).nonzero()[0, 0] for c in range(10)]))
     _, accuracies = train_judge(ten, ten, gu, epochs=120, seed=0)
     assert accuracies[-1] >= 80 and len(accuracies) == 100
@@ -717,7 +719,7 @@ def test_cutmix_pastes_a_box_of_the_partner_and_tells_its_area():
 def test_the_mixed_loss_is_that_of_soft_labels(monkeypatch):
     seen, real = [], train_eval.cutmix
     monkeypatch.setattr(train_eval, "cutmix", lambda x, g: seen.append(real(x, g)) or seen[0])
-    logits, few = torch.randn(6, 10), load("digits").train.pick(torch.arange(6))
+    logits, few = torch.randn(6, 10), datasets.load("digits").train.pick(torch.arange(6))
     x, targets = train_eval.gu_augment(train_eval.at_size(few.images, 16), few.labels, gu, *[generator()] * 2)
     loss = train_eval.mixed_loss(logits, targets)
     mixed, partner, own = seen[0]
@@ -736,14 +738,14 @@ def test_gu_mirrors_only_where_the_recipe_does(monkeypatch):
 
 
 def test_a_gu_row_names_its_protocol_and_its_best_is_no_less_than_its_last():
-    digits = load("digits")._replace(recipe=gu)
+    digits = datasets.load("digits")._replace(recipe=gu)
     row = evaluate("random", digits, ipc=1, runs=2, seed=0, epochs=4)
     assert (row["protocol"], row["judge"], row["size"], row["epochs"]) == ("gu", "ConvNetD3-W128", 16, 4)
     assert row["best"] >= row["mean"] - 1e-3
 
 
 def test_batch_norm_judges_are_tested_in_their_other_mode():
-    train = load("digits").train.pick(torch.arange(24))
+    train = datasets.load("digits").train.pick(torch.arange(24))
     judge, _ = train_judge(train, train, dataclasses.replace(gu, net="timm:test_resnet"), 2, 0)
     assert not judge.training and judge.net.bn1.num_batches_tracked == 2     # a look lies between them
     alone, together = (torch.cat([judge(x) for x in train_eval.normalise(train.images, gu).split(n)])
@@ -752,7 +754,7 @@ def test_batch_norm_judges_are_tested_in_their_other_mode():
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def image_files(tmp_path, monkeypatch):
     """(Data of two classes, 6 JPEGs each to train on and 2 to test, read at 16 px; the names read so far)."""
     for part, count in (("train", 6), ("test", 2)):
         for c, name in enumerate(("ant", "bee")):
@@ -760,17 +762,18 @@ def files(tmp_path, monkeypatch):
                 (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
                 level = torch.randint(120 * c, 120 * c + 100, (3, 20, 24)).to(torch.uint8)
                 TF.to_pil_image(level).save(tmp_path / part / name / f"{i}.jpg")
-    recipe = dataclasses.replace(data.RECIPES["imagenet"], net="convnet3", judge_size=16)
-    train, test = (data.list_folder(tmp_path / part, 16, 3) for part in ("train", "test"))
-    found, opened, real = data.Data("insects", recipe, train, test.read(), "a few"), [], data.open_image
-    monkeypatch.setattr(data, "open_image", lambda path, *how: opened.append(path) or real(path, *how))
+    recipe = dataclasses.replace(recipes.RECIPES["imagenet"], net="convnet3", judge_size=16)
+    train, test = (imageset.list_folder(tmp_path / part, 16, 3) for part in ("train", "test"))
+    found, opened, real = datasets.Data("insects", recipe, train, test.read(),
+                                        "a few"), [], imageset.open_image
+    monkeypatch.setattr(imageset, "open_image", lambda path, *how: opened.append(path) or real(path, *how))
     monkeypatch.setitem(train_eval.PROTOCOLS, "gu",
                         train_eval.PROTOCOLS["gu"]._replace(epochs=lambda *_: 2))
     return found, opened
 
 
-def test_of_files_random_reads_only_the_chosen(files):
-    found, opened = files
+def test_of_files_random_reads_only_the_chosen(image_files):
+    found, opened = image_files
     row = evaluate("random", found, ipc=2, runs=2, seed=0)
     assert len(opened) == 8 and row["images"] == 4 and row["protocol"] == "gu"
     ours, whole = found.train, found.train.read()
@@ -782,8 +785,8 @@ def test_of_files_random_reads_only_the_chosen(files):
     assert torch.equal(one.images, two.images) and len(opened) == 16
 
 
-def test_of_files_herding_and_kcenter_read_all_once(files):
-    found, opened = files
+def test_of_files_herding_and_kcenter_read_all_once(image_files):
+    found, opened = image_files
     features = train_eval.judge_features(found, 0, False)
     for source, images in (("herding", 4), ("kcenter", 4), ("herding+kcenter", 8)):
         assert evaluate(source, found, ipc=2, runs=1, seed=0, features=features)["images"] == images
@@ -793,7 +796,8 @@ def test_of_files_herding_and_kcenter_read_all_once(files):
 def test_imagenets_protocol_from_the_command_line(pictures, tmp_path, capsys):
     """Any folder, as files; a distilled folder of larger pictures is brought to the judge's size."""
     for name, level in (("ant", 40), ("bee", 200)):
-        data.write_png(tmp_path / "drawn" / name / "0.png", torch.full((3, 64, 64), level, dtype=torch.uint8))
+        imageset.write_png(tmp_path / "drawn" / name / "0.png",
+                           torch.full((3, 64, 64), level, dtype=torch.uint8))
     argv = ["--data", str(pictures), "--recipe", "imagenet", "--net", "resnetap10", "--size", "16"]
     train_eval.main(["drawn", "drawn+full", "kmeans", *argv, "--runs", "1", "--epochs", "2"])
     rows = [json.loads(line) for line in open("out/pictures/results.jsonl")]

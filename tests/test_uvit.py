@@ -12,8 +12,10 @@ import minimax
 import sample
 import train_eval
 import uvit
-from data import RECIPES, UserError, load, read_header
 from diffusion import DiT, Trainer, denoising_loss
+from nanodd import files, recipes
+from nanodd.data import archives, datasets
+from nanodd.errors import UserError
 from uvit import ContinuousSchedule, UViT
 
 SMALL = {"network": "S", "size": 32, "patch": 2, "channels": 3}     # U-ViT-S/2, CIFAR-10
@@ -190,7 +192,7 @@ def test_an_unconditional_checkpoint_starts_a_conditional_network(published):
 
 
 def test_imagenets_label_rows_are_found_by_name(tmp_path):
-    classes = uvit.imagenet_classes()
+    classes = archives.imagenet_classes()
     tensors = UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict()
     model = UViT("mini", 8, 2, 1, classes=3)
     fresh = model.state_dict()["label_emb.weight"].clone()
@@ -203,10 +205,10 @@ def test_imagenets_label_rows_are_found_by_name(tmp_path):
 
 
 def test_a_published_table_without_a_null_row_is_never_guided(tmp_path, monkeypatch, sentence, capsys):
-    monkeypatch.setattr(uvit, "imagenet_classes", lambda: [str(k) for k in range(1000)])
+    monkeypatch.setattr(archives, "imagenet_classes", lambda: [str(k) for k in range(1000)])
     torch.save(UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict(), tmp_path / "conditional.pth")
     uvit.main(["--weights", str(tmp_path / "conditional.pth"), "--steps", "0"])
-    header = read_header("out/digits/uvit/base.safetensors")
+    header = files.read_header("out/digits/uvit/base.safetensors")
     assert header["rows"] == [*range(10), -1] and header["guidance"] == 1
     minimax.main(["--out", "out/digits/uvit"])
     words = ["--out", "out/digits/uvit", "--ipc", "1", "--steps", "2"]
@@ -216,7 +218,7 @@ def test_a_published_table_without_a_null_row_is_never_guided(tmp_path, monkeypa
 
 
 def test_a_table_without_a_null_row_drops_no_label():
-    train = load().train
+    train = datasets.load().train
     rows = torch.tensor([*range(10), -1])
     for step in range(5):
         _, y, _, _ = diffusion.draw(train, 64, step, 0, False, rows, ContinuousSchedule())
@@ -230,7 +232,7 @@ def test_either_backbone_goes_through_every_stage(capsys):
     assert said.strip().endswith("out/digits/uvit/base.safetensors -> "
                                  "python minimax.py --out out/digits/uvit")
     minimax.main(["--out", "out/digits/uvit"])
-    header = read_header("out/digits/uvit/minimax.safetensors")
+    header = files.read_header("out/digits/uvit/minimax.safetensors")
     assert header["schedule"] == "vp" and header["config"]["backbone"] == "uvit"
     for sampler in ("dpm-fast", "dpm++2m", "ddpm"):
         sample.main(["--out", "out/digits/uvit", "--ipc", "2", "--steps", "4", "--sampler", sampler,
@@ -239,19 +241,19 @@ def test_either_backbone_goes_through_every_stage(capsys):
     row = json.loads(pathlib.Path("out/digits/uvit/results.jsonl").read_text().splitlines()[0])
     assert row["train"] == "out/digits/uvit/distilled"
     minimax.main([])                                            # DiT's lies beside it
-    assert "backbone" not in read_header("out/digits/minimax.safetensors")["config"]
+    assert "backbone" not in files.read_header("out/digits/minimax.safetensors")["config"]
     uvit.main([])
     assert "is finished (same settings)" in capsys.readouterr().out
 
 
 def test_training_is_a_function_of_the_seed_and_moves_every_weight():
-    train, rows = load().train, torch.arange(11)
+    train, rows = datasets.load().train, torch.arange(11)
     models = []
     for _ in range(2):
         torch.manual_seed(0)
         model = UViT("mini", 8, 2, 1, classes=10)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        _, plan = uvit.plan_of(RECIPES["digits"], 4, 0, False, torch.device("cpu"))
+        _, plan = uvit.plan_of(recipes.RECIPES["digits"], 4, 0, False, torch.device("cpu"))
         trainer = Trainer(model, train, rows, plan, schedule=ContinuousSchedule())
         for step in range(3):
             trainer.step(step)
@@ -262,7 +264,7 @@ def test_training_is_a_function_of_the_seed_and_moves_every_weight():
 
 
 def test_its_own_settings_are_the_published_ones():
-    network, plan = uvit.plan_of(RECIPES["cifar100"], None, 0, None, torch.device("cpu"))
+    network, plan = uvit.plan_of(recipes.RECIPES["cifar100"], None, 0, None, torch.device("cpu"))
     assert network == "S" and (plan.steps, plan.batch, plan.lr, plan.lr_warm) == (500_000, 128, 2e-4, 2500)
     assert (plan.beta1, plan.beta2, plan.weight_decay, plan.ema, plan.warm) == (.99, .999, .03, .9999, False)
     with torch.device("meta"):                                  # the first screen's 1.1M

@@ -8,7 +8,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vae
-from data import UserError
+from nanodd import files
+from nanodd.data import imageset
+from nanodd.errors import UserError
 from vae import Autoencoder, load_autoencoder
 
 
@@ -245,7 +247,7 @@ def test_both_generations_of_attention_names_load_to_the_same_outputs(mini, mini
 
 def test_the_published_weights_are_fetched_by_name(mini_file, monkeypatch):
     asked = []
-    monkeypatch.setattr(vae, "fetch", lambda *a: asked.append(a) or mini_file)
+    monkeypatch.setattr(files, "fetch", lambda *a: asked.append(a) or mini_file)
     for name in ("ema", "mse"):
         load_autoencoder(name)
     assert asked == [(f"https://huggingface.co/stabilityai/sd-vae-ft-{name}/resolve/main/"
@@ -306,5 +308,5 @@ def test_a_picture_and_its_reconstruction_are_written_side_by_side(mini_file, ca
     Image.new("RGB", (50, 40), (200, 30, 90)).save("red.png")
     vae.main(["red.png", "--vae", str(mini_file), "--size", "32", "--device", "cpu", "--bf16"])
     assert " dB | out/vae.png" in capsys.readouterr().out
-    both = vae.open_image("out/vae.png")
+    both = imageset.open_image("out/vae.png")
     assert both.shape == (3, 32, 64) and (both[:, 5, 5] == torch.tensor([200, 30, 90])).all()

@@ -1,0 +1,104 @@
+"""What all command lines share: flags that mean the same everywhere, and the device to work on."""
+import argparse
+import os
+import pathlib
+import re
+import shlex
+import sys
+
+import torch
+
+from nanodd import processes, recipes
+from nanodd.errors import UserError
+
+FLAGS = {
+    "data": dict(default="digits", metavar="NAME|DIR",
+                 help=f"{', '.join(recipes.BUILT_IN)}, or a folder of class folders (default: %(default)s)"),
+    "root": dict(metavar="DIR", help="where the files are: of ImageNet, Tiny-ImageNet or CIFAR (fetched "
+                                     "where it is not there), or with --data folder"),
+    "recipe": dict(choices=sorted(recipes.RECIPES), help="borrow another data set's recipe"),
+    "validation": dict(action="store_true",
+                       help="put the test split away and test on a fifth of the training split: "
+                            "for choosing"),
+    "out": dict(type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)"),
+    "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
+    "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
+    "dry-run": dict(action="store_true", help="print what was found and what would be made of it, and stop"),
+    "overwrite": dict(action="store_true", help="replace what other settings made"),
+    "skip-broken": dict(action="store_true", help="leave out images that cannot be read (they are named)"),
+    "vae": dict(default="ema", metavar="ema|mse|FILE",
+                help="what encodes pictures, where the recipe draws latents: one of stabilityai's two "
+                     "autoencoders, fetched once, or a file (default: %(default)s)"),
+    "bf16": dict(action=argparse.BooleanOptionalAction,
+                 help="bfloat16 arithmetic, one of a run's settings (default: where it is faster)"),
+    "compile": dict(action="store_true",
+                    help="torch.compile the network: slower for a minute, then faster"),
+}
+
+
+def add_flags(parser, names):
+    """Adds the shared flags that a stage reads, by name, so that they mean the same everywhere."""
+    for name in names.split():
+        parser.add_argument(f"--{name}", **FLAGS[name])
+
+
+def new_parser(doc):
+    """An ArgumentParser whose --help opens with the file's own first screen."""
+    return argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def data_flags(args, *more):
+    """The flags that point the next command at the same data: "" for the digits, else " --data DIR" ...
+
+    more: further flags to repeat where they were given, such as "--out".
+    """
+    flags = [] if args.data == "digits" else ["--data", args.data]
+    flags += ["--root", args.root or "DIR"] if args.root or args.data in recipes.NEEDS_ROOT else []
+    flags += ["--validation"] * args.validation
+    for flag in more:
+        value = getattr(args, flag.strip("-"))
+        flags += [flag, str(value)] if value is not None else []
+    return "".join(f" {shlex.quote(word)}" for word in flags)
+
+
+def command_line_of(file, argv=None):
+    """The command as typed from the repository's root, for the records that are kept: no absolute path."""
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [re.sub(r"^(--[\w-]+=)?(/.*)", lambda found: (found[1] or "") + os.path.relpath(found[2]), word)
+             for word in words]
+    return shlex.join(["python", pathlib.Path(file).name, *words])
+
+
+def device_named(name):
+    """The torch.device asked for: auto, cpu, cuda, cuda:N or mps. An absent one is refused, not replaced."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is none of auto, cpu, cuda, mps")
+    if kind == "mps" and not has_mps:
+        raise UserError("--device mps was asked for, but there is none here; try --device cpu")
+    if kind == "cuda":
+        if ":" in name and processes.world() > 1:
+            raise UserError(f"--device {name} puts all processes on one GPU; --device cuda: each on its own")
+        index = name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU each
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+            raise UserError(f"--device {name} was asked for, but there is none here; try --device cpu")
+        torch.cuda.set_device(int(index))
+        return torch.device(kind, int(index))
+    return torch.device(name)
+
+
+def gains_from_bf16(device):
+    """Whether bfloat16 is faster there: on GPUs, and on CPUs that multiply it natively."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    has = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch does not tell
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def chosen_bf16(asked, device, width):
+    """Whether to work in bfloat16: as asked, or where it is faster, which narrow networks are not."""
+    return (gains_from_bf16(device) and width >= 192) if asked is None else asked

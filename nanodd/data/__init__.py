@@ -1,0 +1,1 @@
+"""Image sets: what is learned, what is tested on."""

@@ -1,0 +1,147 @@
+"""A data set by its name: the digits, an archive, or anybody's folder of pictures."""
+import pathlib
+from collections import Counter
+from dataclasses import fields
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision.transforms import functional as TF
+
+from nanodd import recipes
+from nanodd.data import archives, imageset
+from nanodd.errors import UserError
+
+
+class Data(NamedTuple):
+    """name: what out/NAME is called. train, test: ImageSet or ImageFiles; test is for reporting only.
+
+    cut: in words, which images these are.
+    """
+    name: str
+    recipe: recipes.Recipe
+    train: imageset.ImageSet | imageset.ImageFiles
+    test: imageset.ImageSet | imageset.ImageFiles
+    cut: str
+
+
+def data_name(data, root=None, validation=False):
+    """What out/NAME is called: the built-in name, or the folder's own. Raises UserError if there is none."""
+    if data in recipes.BUILT_IN:
+        if root and data == "digits":
+            raise UserError("the digits come with scikit-learn: leave --root out")
+        name = data
+    elif data == "folder":
+        if not root:
+            raise UserError("--data folder needs --root DIR")
+        name = pathlib.Path(root).resolve().name
+    else:                                                       # DIR is short for --data folder --root DIR
+        if not pathlib.Path(data).is_dir():
+            raise UserError(f"--data {data} is neither a folder nor the name of a data set "
+                            f"({', '.join(recipes.BUILT_IN)})")
+        if root:
+            raise UserError("--data DIR already says where the files are: leave --root out")
+        name = pathlib.Path(data).resolve().name
+    if name != data and name in recipes.BUILT_IN:
+        meant = f", or say --data {name} --root {root or data} if it is that one" * (name != "digits")
+        raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it"
+                        + meant)
+    return name + "-validation" if validation else name
+
+
+def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
+    """The data set called `data`, or the folder of that name, as Data.
+
+    root: where its files are. recipe: the name of another data set's recipe, to borrow it.
+    validation: hold the test split back altogether; a fixed fifth of the training split takes its place
+    (and "-validation" is added to the name), so that defaults are never chosen on the test split.
+    Raises UserError where there is no such data set, folder or recipe, or where a split lacks a class.
+    """
+    name = data_name(data, root, validation)
+    recipe = recipes.RECIPES[recipe or recipes.own_recipe(data)]
+    split_name = ""
+    if recipe.latents and data in ("digits", *archives.CIFARS):
+        raise UserError(f"{data} is drawn as pixels: choose another --recipe")
+    if data == "digits":
+        train, test = digits(recipe)
+    elif data in archives.CIFARS:
+        train, test, split_name = archives.cifar(data, root, recipe, skip_broken)
+    elif data == "tiny-imagenet":
+        train, test, split_name = archives.tiny_imagenet(root, recipe)
+    elif data in archives.SUBSETS:
+        train, test, split_name = archives.imagenet(data, root, recipe)
+    else:
+        train, test = folder(pathlib.Path(root or data), recipe, skip_broken)
+    if len(train.classes) < 2:
+        raise UserError(f"{name} has one class only ({train.classes[0]}); a classifier needs two")
+    if validation:
+        train, test = split(train, .2)
+    if not recipe.latents:                                      # pixels are learned from memory
+        train, test = train.read(skip_broken), test.read(skip_broken)
+    cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"
+    return Data(name, recipe, train, test, cut)
+
+
+def describe(data):
+    """Prints what was found: how many images, of which size, how many a class; and the recipe."""
+    classes = data.train.classes
+    print(f"{data.name} | {data.cut} | {len(classes)} classes: {', '.join(classes[:12])}")
+    for part, images in (("train", data.train), ("test", data.test)):
+        counts = Counter(images.labels.tolist())
+        if isinstance(images, imageset.ImageFiles):
+            what = f"files, read at {images.size} px"
+        else:
+            what = f"{tuple(images.images.shape)} {images.images.dtype}"
+        print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
+    print("recipe | " + " ".join(f"{field.name}={getattr(data.recipe, field.name)}"
+                                 for field in fields(data.recipe)))
+
+
+def split(whole, fraction):
+    """A fixed split that keeps the shares of the classes: (1 - fraction, fraction) of an ImageSet."""
+    fewest = int(whole.labels.bincount().argmin())
+    if (whole.labels == fewest).sum() < 2:
+        raise UserError(f"the class {whole.classes[fewest]} has one image only: two are needed, to hold one "
+                        "back")
+    try:
+        kept, held = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
+                                      stratify=whole.labels.numpy())
+    except ValueError as error:                                 # fewer images than classes to hold back
+        raise UserError(f"too few images to hold {fraction:.0%} of each class back: {error}") from error
+    return whole.pick(torch.from_numpy(np.sort(kept))), whole.pick(torch.from_numpy(np.sort(held)))
+
+
+def digits(recipe):
+    """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels; Alpaydin & Kaynak 1998, CC BY 4.0).
+
+    Brought to the recipe's size and channels, split 70/30 once and for all: two ImageSets,
+    1257 images to train on and 540 to test.
+    """
+    found = load_digits()
+    images = torch.from_numpy(found.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
+    images = TF.resize(images, recipe.size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round()
+    images = images.to(torch.uint8).expand(-1, recipe.channels, -1, -1).contiguous()
+    names = [str(name) for name in found.target_names]
+    return split(imageset.ImageSet(images, torch.from_numpy(found.target), names), .3)
+
+
+def folder(root, recipe, skip_broken=False):
+    """DIR/train with DIR/test or DIR/val; without those, DIR's class folders are split 80/20, said aloud.
+
+    Two ImageSets; two ImageFiles where the recipe draws latents, whose pictures are large.
+    """
+    def part(path):
+        if recipe.latents:
+            return imageset.list_folder(path, recipe.pixels, recipe.colours)
+        return imageset.read_set(path, recipe.pixels, recipe.colours, skip_broken=skip_broken)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    if (root / "train").is_dir():
+        held = imageset.test_folder(root)
+        train, test = part(root / "train"), part(held)
+        imageset.check_classes(test.classes, train.classes, held)
+        return train, test
+    print(f"{root} has no train/ and test/: a fixed fifth of it is held back to test on")
+    return split(part(root), .2)

@@ -1,0 +1,271 @@
+"""A set of images: one uint8 tensor, one label tensor, and the class names in label order.
+
+    images (N, C, H, W) uint8        labels (N,) int64 in 0..K-1        classes: K names
+
+What is small enough to sit in memory sits there, decoded once; of larger pictures only the paths are held.
+A class is a NAME wherever files are involved: its label is its position in `classes`, so a folder that lost a
+class is an error and never a shift of labels.
+"""
+import hashlib
+import pathlib
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms import functional as TF
+
+from nanodd import files
+from nanodd.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+# ----------------------------------------------------------------------------------------------------
+# 1. The two kinds of set
+
+
+class ImageSet(NamedTuple):
+    """images: (N, C, H, W) uint8. labels: (N,) int64 in 0..K-1. classes: list of K names, in label order."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+    def pick(self, index):
+        """The images at `index`, a (n,) tensor of positions or a boolean mask."""
+        return ImageSet(self.images[index], self.labels[index], self.classes)
+
+    def to(self, device):
+        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+
+    def read(self, skip_broken=False):
+        """Itself: it was read already."""
+        return self
+
+    def examples(self, index, mirrored, chance):
+        """What the diffusion model learns from: (B, C, H, W) in [-1, 1]; mirrored (B,) bool, or None."""
+        x = to_float(self.images[index])
+        return x if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+
+
+class ImageFiles(NamedTuple):
+    """An ImageSet still on disk: N paths in place of images, which read() decodes to (channels, size, size).
+
+    labels: (N,) int64 in 0..K-1. classes: list of K names, in label order.
+    """
+    files: list
+    labels: torch.Tensor
+    classes: list
+    size: int
+    channels: int
+
+    def pick(self, index):
+        """The files at `index`, a (n,) tensor of positions or a boolean mask."""
+        positions = torch.arange(len(self.files))[index.cpu()]
+        return self._replace(files=[self.files[i] for i in positions], labels=self.labels[positions])
+
+    def to(self, device):
+        """Itself: nothing of it is on a device before it is read."""
+        return self
+
+    def read(self, skip_broken=False):
+        """Decodes all of it, several files at a time: an ImageSet.
+
+        Raises UserError, naming the first and counting, where images cannot be read and shall not be skipped.
+        """
+        def attempt(path):
+            try:
+                return open_image(path, self.size, self.channels)
+            except UserError as error:
+                return error
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(attempt, self.files))
+        broken = [image for image in images if isinstance(image, UserError)]
+        if broken and not skip_broken:
+            raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
+                            "--skip-broken leaves them out)")
+        for error in broken:
+            print(f"left out: {error}", file=sys.stderr)
+        whole = torch.tensor([isinstance(image, torch.Tensor) for image in images])
+        images = [image for image in images if isinstance(image, torch.Tensor)]
+        if len({image.shape for image in images}) > 1:
+            raise UserError(f"the images beside {self.files[0]} have several sizes; a size to bring them to "
+                            "is needed")
+        if not images:
+            raise UserError(f"none of the images beside {self.files[0]} can be read")
+        return ImageSet(torch.stack(images), self.labels[whole], self.classes)
+
+
+def fingerprint(train, times=False):
+    """A fingerprint of a set: images, labels and classes; of files their names, sizes and (on demand) times.
+
+    It stands among a run's settings, so that a run on other pictures is never taken for this one.
+    """
+    facts = [train.classes]
+    if isinstance(train, ImageFiles):
+        for file in train.files:
+            found = file.stat()
+            facts.append((file.parent.name, file.name, found.st_size, found.st_mtime_ns if times else None))
+    else:
+        facts.append(files.fingerprint({"images": train.images, "labels": train.labels}))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] + " " + " ".join(train.classes)[:60]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. One image
+
+
+def to_float(images):
+    """uint8 0..255 -> float in [-1, 1], what the diffusion model learns."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] (clipped to it) -> uint8 0..255, the inverse of to_float."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def open_image(path, size=None, channels=3):
+    """One image file of any mode -> (channels, H, W) uint8; with `size`, resized and centre-cropped to it.
+
+    channels: 1 (grey), 3 (colour) or None (as the file has it).
+    Transparency is laid over white; 16-bit grey is scaled by 1/257, where PIL's own conversion would clip it;
+    a camera's rotation flag is obeyed. Raises UserError, naming the file, where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                grey = (np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8)
+                image = Image.fromarray(grey)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if channels is not None or image.mode not in ("L", "RGB"):
+                image = image.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+    if size and image.size != (size, size):
+        image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size)
+    return TF.pil_to_tensor(image)                                          # (C, H, W)
+
+
+def write_png(path, image):
+    """(C, H, W) uint8 -> a PNG file, appearing whole or not at all."""
+    with files.atomic_write(path) as temporary:
+        TF.to_pil_image(image).save(temporary, format="PNG")
+
+
+def resize_and_crop(images, size, channels):
+    """uint8 (N, 1 or 3, H, W) -> (N, channels, size, size), centre-cropped; size None: as large as it is."""
+    if images.shape[1] > channels:
+        images = TF.rgb_to_grayscale(images)
+    images = images.expand(-1, channels, -1, -1)
+    if size and tuple(images.shape[2:]) != (size, size):
+        images = TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
+    return images
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Folders of class folders, and .npz files
+
+
+def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
+    """Reads a folder of class folders, or an .npz with images, labels and classes, as an ImageSet.
+
+    size, channels: what each image is brought to. classes: the names in label order; a folder that lacks one
+    of them or has another is an error. Without it the sorted folder names are the classes.
+    Raises UserError for a missing or empty folder, an unreadable image that is not to be skipped, a class
+    without images.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    if path.suffix != ".npz" and not path.is_dir():
+        raise UserError(f"{path} is neither a folder of class folders nor an .npz")
+    if path.suffix == ".npz":
+        found = read_npz(path, size, channels)
+    else:
+        found = list_folder(path, size, channels).read(skip_broken)
+    classes = list(classes or found.classes)
+    check_classes(found.classes, classes, path)
+    position = torch.tensor([classes.index(name) for name in found.classes])
+    found = ImageSet(found.images, position[found.labels], classes)
+    empty = [classes[c] for c in range(len(classes)) if not (found.labels == c).any()]
+    if empty:
+        raise UserError(f"{path} has no images of {', '.join(empty)}")
+    return found
+
+
+def check_classes(found, wanted, path):
+    """Refuses a folder that lacks a class of the data set or has another one."""
+    lost, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if lost or extra:
+        raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
+
+
+def list_folder(path, size, channels, classes=None):
+    """A folder of class folders -> ImageFiles, classes sorted by name (or those asked for), files as well."""
+    if classes is None:
+        classes = sorted(entry.name for entry in path.iterdir()
+                         if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (path / name).rglob("[!.]*")
+                       if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not found:
+            raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return ImageFiles(paths, torch.tensor(labels), classes, size, channels)
+
+
+def read_npz(path, size, channels):
+    """An .npz as sample.py writes it (images (N, C, H, W) uint8, labels (N,), classes (K,)) -> ImageSet."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
+            classes = [str(name) for name in arrays["classes"]]
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no .npz with images, labels and classes: {error}") from error
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+        raise UserError(f"{path}: images must be uint8 (N, C, H, W) with one label each, "
+                        f"not {images.dtype} {tuple(images.shape)}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"{path}: labels must lie in 0..{len(classes) - 1}")
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"{path}: images must have 1 or 3 channels, not {images.shape[1]}")
+    return ImageSet(resize_and_crop(images, size, channels), labels, classes)
+
+
+def test_folder(root, names=("test", "val")):
+    """ROOT/test or ROOT/val, whichever of the names comes first. Raises UserError where neither is there."""
+    test = next((root / name for name in names if (root / name).is_dir()), None)
+    if test is None:
+        raise UserError(f"{root}/train needs {root}/{names[0]} or {root}/{names[1]} beside it")
+    return test
+
+
+def split_folders(root, held, size, channels, title, count):
+    """ROOT/train and the folder `held`, both of class folders: two ImageFiles.
+
+    Raises UserError where they do not have the `count` classes of the data set called `title`: the names
+    betray a wrong --root before a million pictures of another data set are read.
+    """
+    train, test = (list_folder(path, size, channels) for path in (root / "train", held))
+    if len(train.classes) != count:
+        raise UserError(f"{root}/train has {len(train.classes)} class folders, but {title} {count} classes")
+    check_classes(test.classes, train.classes, held)
+    return train, test
+
+
+def check_folders(path, classes, name, hint=""):
+    """Refuses a folder in which class folders of the data set `name` are missing."""
+    missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
+    if missing:
+        raise UserError(f"{path}/{missing[0]} is missing, and {len(missing)} of the {len(classes)} "
+                        f"classes of {name} in all{hint}")

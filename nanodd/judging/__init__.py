@@ -1,0 +1,1 @@
+"""What train_eval.py stands on."""

@@ -1,0 +1,1 @@
+"""What diffusion.py and minimax.py stand on."""

@@ -1,0 +1,1 @@
+"""What sample.py stands on."""
