@@ -5,10 +5,10 @@
             until the rest fits                            (Li et al. 2025, self-adaptive memory, eq. 7, 8)
     min     the least similar one goes; only there to show that it is worse                   (their Table 3)
 
-A generator learns to stay close to the real memory and away from its own. What is forgotten therefore decides
-what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that was ever seen,
-but never ages: an outlier stays for good. An embedding is the flattened x_0 that the model learns: the
-picture in [-1, 1], or, as in the papers, its latent.
+A generator learns to stay close to the memory of real images and away from the memory of its own. The rule
+therefore decides what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that
+was ever seen but never ages, so that an outlier stays for good. An embedding is the flattened x_0 that the
+diffusion model learns: the picture in [-1, 1] or, as in the papers, its latent.
 
     python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
 """
@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from nanodd import cli
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd.errors import UserError, at_least, exit_on_user_error
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Which entries stay: (m, D) and M -> (min(m, M), D), the order of arrival kept
+# 1. The rules: which of m entries stay, (m, D) -> (min(m, slots), D), in order of arrival
+#
+# seen: how many entries were ever pushed. rng: a torch.Generator on the CPU, seeded anew for every push.
 
 
-def keep_newest(entries, slots):
+def keep_newest(entries, slots, seen, rng):
     """First in, first out."""
     return entries[-slots:]
 
@@ -41,30 +43,31 @@ def drop_by_similarity(entries, slots, most):
     unit = F.normalize(wide.double(), dim=1)                                # (m, D)
     similarity = unit @ unit.T                                              # (m, m)
     gone = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
-    for _ in range(len(entries) - slots):                       # without asking a GPU what it found
+    for _ in range(len(entries) - slots):                       # without waiting for a GPU's answer
         degree = (similarity * ~gone).sum(dim=1).round(decimals=9)          # (m,)
         degree = (degree if most else -degree).masked_fill(gone, -math.inf)
         gone.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)       # the first of equals
-    kept = gone.int().argsort(stable=True)[:slots]              # (slots,), in order of arrival
-    return entries[kept.to(entries.device)]
+    stays = gone.int().argsort(stable=True)[:slots]             # (slots,), in order of arrival
+    return entries[stays.to(entries.device)]
 
 
-POLICIES = {
+RULES = {
     "fifo": keep_newest,
-    "max": lambda entries, slots: drop_by_similarity(entries, slots, most=True),
-    "min": lambda entries, slots: drop_by_similarity(entries, slots, most=False),
+    "max": lambda entries, slots, seen, rng: drop_by_similarity(entries, slots, most=True),
+    "min": lambda entries, slots, seen, rng: drop_by_similarity(entries, slots, most=False),
 }
 
 
-def policies(name):
-    """--memory's word -> (rule for the real memory, rule for the generated one).
+def rules(name):
+    """--memory's word -> (rule of the real memory, rule of the generated one), keys of RULES.
 
-    "fifo", "adaptive" (the paper's pair: max, max), or two rules with a comma between: "max,min".
+    "fifo", "adaptive" (the paper's pair: max, max), a rule for both, or two with a comma between: "max,min".
     """
-    pair = {"fifo": ("fifo", "fifo"), "adaptive": ("max", "max")}.get(name) or tuple(name.split(","))
-    if len(pair) != 2 or any(rule not in POLICIES for rule in pair):
+    real, _, generated = ("max" if name == "adaptive" else name).partition(",")
+    pair = real, generated or real
+    if not set(pair) <= set(RULES):
         raise UserError(f"--memory {name} is none of fifo, adaptive, or REAL,GENERATED out of "
-                        f"{', '.join(POLICIES)}")
+                        f"{', '.join(RULES)}")
     return pair
 
 
@@ -75,25 +78,28 @@ def policies(name):
 class Memory:
     """For each class label at most `slots` detached embeddings of D numbers, in order of arrival."""
 
-    def __init__(self, slots, policy):
-        self.slots, self.keep, self.entries = slots, POLICIES[policy], {}
+    def __init__(self, slots, rule, seed=0):
+        self.slots, self.keep, self.seed = slots, RULES[rule], seed
+        self.entries, self.seen = {}, {}                        # {label: (m, D)}, {label: pushed so far}
 
     def get(self, label):
         """(m, D), m <= slots, or None where nothing of the class was ever pushed."""
         return self.entries.get(label)
 
     def push(self, label, items):
-        """Appends items (n, D), then forgets by the policy: a newcomer may be the first to go."""
-        items = items.detach()
-        held = self.get(label)
-        grown = items if held is None else torch.cat([held, items])         # (m + n, D)
-        self.entries[label] = self.keep(grown, self.slots).clone()    # a view would keep `grown`
+        """Appends items (n, D), then forgets by the rule: a new entry may be the first to go."""
+        items, before = items.detach(), self.get(label)
+        grown = items if before is None else torch.cat([before, items])     # (m + n, D)
+        self.seen[label] = self.seen.get(label, 0) + len(items)
+        # a function of (seed, class, entries so far), so that a resumed run draws the same numbers
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + label) * 1_000_003 + self.seen[label])
+        self.entries[label] = self.keep(grown, self.slots, self.seen[label], rng).clone()  # not a view
 
     def state_dict(self):
-        return dict(self.entries)
+        return {"entries": dict(self.entries), "seen": dict(self.seen)}
 
     def load_state_dict(self, state):
-        self.entries = dict(state)
+        self.entries, self.seen = dict(state["entries"]), dict(state["seen"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -105,20 +111,18 @@ def main(argv=None):
     parser.add_argument("--slots", type=int, default=64, help="entries per class (default: %(default)s)")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser):
-        if args.slots < 1:
-            raise UserError(f"--slots must be at least 1, not {args.slots}")
-        generator = torch.Generator().manual_seed(0)
-        memories = {name: Memory(args.slots, name) for name in POLICIES}
+        at_least(1, slots=args.slots)
+        rng = torch.Generator().manual_seed(0)
+        memories = {rule: Memory(args.slots, rule) for rule in RULES}
         for _ in range(50):                                     # 50 batches of 8, a tenth of the rare mode
-            rare = torch.rand(8, generator=generator) < 0.1
-            items = torch.randn(8, 16, generator=generator)
+            rare = torch.rand(8, generator=rng) < 0.1           # (8,)
+            items = torch.randn(8, 16, generator=rng)           # (8, 16)
             items[:, 0] += torch.where(rare, -6.0, 6.0)
             for memory in memories.values():
                 memory.push(0, items)
-        for name, memory in memories.items():
-            held = memory.get(0)
-            print(f"{name:4} | {len(held)} slots | {int((held[:, 0] < 0).sum()):2} of the rare mode, "
-                  f"which is a tenth of the stream")
+        for rule, memory in memories.items():
+            rare = int((memory.get(0)[:, 0] < 0).sum())         # of (slots, 16)
+            print(f"{rule:4} | {args.slots} slots | {rare:2} of the rare mode, a tenth of the stream")
         print("-> python minimax.py")
 
 

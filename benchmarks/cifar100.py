@@ -44,9 +44,11 @@ from digits import pyplot, spread, table, write_readme
 from nanodd import cli, files
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError, exit_on_user_error
-from sample import PILOT_JUDGES
+from nanodd.judging import baselines
+from nanodd.networks import checkpoint
+from nanodd.sampling.pilots import PILOT_JUDGES
 from throughput import flops, matrix_rate
-from train_eval import evaluate, read_rows
+from train_eval import evaluate
 
 MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
 REAL, ALL = "real, at random", "all real images"
@@ -132,7 +134,8 @@ def made(model, run):
     line, path = model_line(model, run)
     type_in(*typed(line, run))
     mine = files.read_header(path)["fingerprint"]
-    if any(row.get("model") == model and row["weights"] != mine for row in read_rows(run.scale.rows)):
+    if any(row.get("model") == model and row["weights"] != mine for row
+           in baselines.read_rows(run.scale.rows)):
         raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
                         "rows")
     return path, "; ".join([*before, line])
@@ -178,7 +181,7 @@ def pilot(found, rivals, run):
 
 def best(name, run):
     """The row of the table `name` with the highest accuracy."""
-    rows = [row for row in read_rows(run.scale.rows) if row["table"] == name]
+    rows = [row for row in baselines.read_rows(run.scale.rows) if row["table"] == name]
     return max(rows, key=lambda row: row["mean"])
 
 
@@ -262,7 +265,7 @@ def small_row(run):
     """Writes the smaller base model to weights/, in bfloat16; the row is of the float32 original."""
     path, line = made(SMALL, run)
     kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / path.name
-    diffusion.save_checkpoint(kept,
+    checkpoint.save_checkpoint(kept,
                               {name: tensor.bfloat16() for name, tensor in files.load_tensors(path).items()},
                               {**files.read_header(path), "command": line})
     return {**sweep_row(SMALL, run.scale.tuned[0], run), "bytes": kept.stat().st_size}
@@ -292,7 +295,7 @@ def jobs(scale):
 
 def missing(scale):
     """The jobs whose rows are not there yet."""
-    there = {(row["table"], row["row"], row["asked"]) for row in read_rows(scale.rows)}
+    there = {(row["table"], row["row"], row["asked"]) for row in baselines.read_rows(scale.rows)}
     return {key: make for key, make in jobs(scale).items() if key not in there}
 
 
@@ -319,7 +322,10 @@ def machine(device):
 
 
 def tables(rows, scale=FULL):
-    """The README's generated parts, by name: rows -> {name: markdown}. What was not measured is a dash."""
+    """The generated parts of docs/challenge.md, by name: rows -> {name: markdown}.
+
+    What was not measured is a dash.
+    """
     there = {(row["table"], row["row"], row["asked"]): row for row in rows}
 
     def lines(name, cells, order):
@@ -357,7 +363,7 @@ def tables(rows, scale=FULL):
             f"{'bfloat16' if speed['bf16'] else 'float32'} ({speed['matrix_tflops']:.1f} TFLOP/s); "
             f"{speed['steps']:,} steps of {speed['batch']} took {speed['seconds']:.0f} seconds on "
             f"{speed['machine']}: `{speed['command']}`.",
-        "cifar100 pictures": "\n".join(f"![{what}](assets/{name}.png)" for name, what in PICTURES.items()
+        "cifar100 pictures": "\n".join(f"![{what}](../assets/{name}.png)" for name, what in PICTURES.items()
                                        if (ROOT / "assets" / f"{name}.png").exists()),
     }
 
@@ -404,7 +410,7 @@ def finish(figure, axes, path):
 
 def publish(scale):
     """Puts what was measured into the README and assets/; of a proof, beside its rows."""
-    rows = read_rows(scale.rows)
+    rows = baselines.read_rows(scale.rows)
     assets = ROOT / "assets" if scale is FULL else scale.rows.parent
     for name, plot, budget, file in (("sweep", plot_steps, scale.budget, "cifar100-steps.png"),
                                      ("last", plot_images, scale.last, "cifar100-images.png")):

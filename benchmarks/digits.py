@@ -30,8 +30,8 @@ import sample
 from nanodd import cli, files
 from nanodd.data import datasets
 from nanodd.errors import UserError, exit_on_user_error
-from train_eval import (SELECTORS, count_epochs, evaluate, first_of_each, in_parts, read_distilled, read_rows,
-                        train_judge, train_judges)
+from nanodd.judging import baselines
+from train_eval import count_epochs, evaluate, in_batches, train_judge, train_judges
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -113,13 +113,13 @@ def real_judge(bf16):
     data = datasets.load()
     epochs = count_epochs(data.recipe, len(data.train.labels), len(data.train.classes))
     judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed=0, bf16=bf16)
-    return judge, in_parts(judge.embed, data.test.images, data.recipe)
+    return judge, in_batches(judge.embed, data.test.images, data.recipe)
 
 
 def coverage(images, data, bf16):
     """The mean distance from a real test digit to the nearest of the images, in the real judge's features."""
     judge, real = real_judge(bf16)
-    return torch.cdist(real, in_parts(judge.embed, images, data.recipe)).min(dim=1).values.mean().item()
+    return torch.cdist(real, in_batches(judge.embed, images, data.recipe)).min(dim=1).values.mean().item()
 
 
 def solver_row(sampler, steps, data, bf16):
@@ -134,11 +134,11 @@ def solver_row(sampler, steps, data, bf16):
     for seed in range(RUNS):
         if sampler is None:
             g = torch.Generator().manual_seed(1000 * seed + 500)
-            sets.append(SELECTORS["random"](data.train, 10, data.train.labels, g))
+            sets.append(baselines.SELECTORS["random"](data.train, 10, data.train.labels, g))
         else:
             type_in(draw.replace("S", str(seed)))
-            sets.append(read_distilled(f"{out}-{seed}/distilled", data))
-    firsts = [first_of_each(found, 1) for found in sets]
+            sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
+    firsts = [baselines.first_per_class(found, 1) for found in sets]
     epochs = count_epochs(data.recipe, len(sets[0].labels), len(data.train.classes))    # and of the firsts
     judges = train_judges(sets + firsts, data.test, data.recipe, epochs,
                           2 * [1000 * seed for seed in range(RUNS)], bf16=bf16)
@@ -176,7 +176,7 @@ def measure(data, bf16):
         jobs["solvers", name, steps] = lambda s=sampler, steps=steps: solver_row(s, steps, data, bf16)
     for steps in ("auto", *STEPS):
         jobs["auto", str(steps), None] = lambda steps=steps: budget_row(steps, SHORT_BUDGET, data, bf16)
-    found = {(row["table"], row["row"], row["asked"]) for row in read_rows(RESULTS)}
+    found = {(row["table"], row["row"], row["asked"]) for row in baselines.read_rows(RESULTS)}
     if len(found) == len(jobs):
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
         return
@@ -216,12 +216,14 @@ def table(head, lines):
 
 
 def tables(rows):
-    """The README's generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
+    """The pages' generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
     of = {name: [row for row in rows if row["table"] == name]
           for name in ("main", "ablation", "steps", "solvers", "auto")}
     tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"
     drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
     return {
+        "front": table("| trained on | images a class | accuracy, % (n) |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} |" for row in of["main"]]),
         "main": table("| trained on | images a class | accuracy, % (n) | seconds to draw | machine "
                       "| command |", [
             f"| {row['row']} | {row['ipc']} | {spread(row)} | {drawn(row)} | "
@@ -244,15 +246,16 @@ def tables(rows):
 
 
 def write_readme(parts):
-    """Puts each part between its two marks in README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text()
+    """Puts each part between its two marks, in README.md or in the page of docs/ that has them."""
+    pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
     for name, part in parts.items():
-        before, rest = text.split(f"<!-- {name} -->\n", 1)
+        path, = (path for path, text in pages.items() if f"<!-- {name} -->\n" in text)
+        before, rest = pages[path].split(f"<!-- {name} -->\n", 1)
         _, after = rest.split(f"<!-- end of {name} -->", 1)
-        text = f"{before}<!-- {name} -->\n{part}\n<!-- end of {name} -->{after}"
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(text)
+        pages[path] = f"{before}<!-- {name} -->\n{part}\n<!-- end of {name} -->{after}"
+    for path, text in pages.items():
+        with files.atomic_write(path) as temporary:
+            temporary.write_text(text)
 
 
 def plot(rows, path):
@@ -281,7 +284,7 @@ def main(argv=None):
             data = datasets.load()
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
             measure(data, cli.gains_from_bf16(device))
-        rows = read_rows(RESULTS)
+        rows = baselines.read_rows(RESULTS)
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         plot(rows, ROOT / "assets" / "steps.png")

@@ -20,14 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from convnet import ConvNet
-from diffusion import DiT, Plan, Trainer, batch_index, denoising_loss, draw
-from minimax import MinMax
+import diffusion
+from diffusion import DiT, Schedule
+from minimax import MinMax, tune
 from nanodd import cli
 from nanodd.data import datasets
 from nanodd.errors import exit_on_user_error
+from nanodd.judging import augment
+from nanodd.networks import training, uvit
 from sample import guided
-from train_eval import dsa, normalise, train_judge, train_judges
-from uvit import UViT
+from train_eval import dsa, train_judge, train_judges
 
 
 def seconds(work, device, rounds=7, least=0.3):
@@ -86,26 +88,28 @@ def measure(device):
     forwards(device)
 
 
-def diffusing(recipe, train, rows, product, device):
+def diffusing(recipe, examples, rows, product, device):
     """The digits' network: a training step, the min-max losses, a sampling step."""
-    model = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device)
-    plan = Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0, flip=False)
-    trainer = Trainer(model, train, rows, plan)
-    step = seconds(lambda: trainer.step(0), device)
-    done = flops(lambda: trainer.step(0))
+    model, schedule = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device), Schedule(device)
+    plan = training.Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0,
+                         flip=False)
+    state = examples, rows, schedule
+    loop = diffusion.train(training.Trainer(model, plan), *state)
+    step, done = seconds(lambda: next(loop), device), flops(lambda: next(loop))
     print(f"DiT-tiny training step, batch {plan.batch} | {step * 1e3:.1f} ms | "
           f"{plan.batch / step:.0f} images/s | {done / step / 1e9:.0f} GFLOP/s, "
           f"{100 * done / step / product:.0f} % of the matrix product")
 
     plan = plan._replace(batch=recipe.tune_batch)
     losses = MinMax(recipe.lambda_r, recipe.lambda_d)
-    plain, full = Trainer(model, train, rows, plan), Trainer(model, train, rows, plan, losses)
     for k in range(100):                                        # fills the memories
-        x0, y, t, eps = draw(train, plan.batch, k, 0, False, rows, plain.schedule)
-        labels = train.labels[batch_index(len(train.labels), plan.batch, k, 0).to(device)].tolist()
+        x0, y, t, eps = diffusion.draw(examples, plan, k, *state[1:])
+        labels = examples.labels[training.batch_index(len(examples.labels), plan.batch, k, 0).to(device)]
         with torch.no_grad():
-            full.extra(denoising_loss(model, plain.schedule, x0, y, t, eps), x0, labels)
-    without, with_losses = seconds(lambda: plain.step(0), device), seconds(lambda: full.step(0), device)
+            losses(diffusion.denoising_loss(model, schedule, x0, y, t, eps), x0, labels.tolist())
+    plain = diffusion.train(training.Trainer(model, plan), *state)
+    full = tune(training.Trainer(model, plan), *state, losses)
+    without, with_losses = seconds(lambda: next(plain), device), seconds(lambda: next(full), device)
     added = with_losses - without
     print(f"min-max losses, FIFO of 64, batch {plan.batch} | {added * 1e3:.1f} ms | "
           f"{100 * added / with_losses:.0f} % of a fine-tuning step of {with_losses * 1e3:.1f} ms")
@@ -125,22 +129,24 @@ def judging(recipe, train, device):
     judge, g = ConvNet(recipe.judge_size, 1, 10).to(device), torch.Generator(device).manual_seed(0)
     host = torch.Generator()
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    batch = normalise(train.images[:256], recipe)
+    batch = augment.normalise(train.images[:256], recipe)
 
     def learn(x):
         optimizer.zero_grad()
         F.cross_entropy(judge(x), train.labels[:256]).backward()
         optimizer.step()
     bare = seconds(lambda: learn(batch), device)
-    augment = seconds(lambda: dsa(batch, recipe.augment.split("_"), g, host), device)
-    whole = bare + augment
+    augmenting = seconds(lambda: dsa(batch, recipe.augment.split("_"), g, host), device)
+    whole = bare + augmenting
     print(f"judge's step, batch 256 | {whole * 1e3:.1f} ms | {256 / whole:.0f} images/s | "
-          f"augmentation {100 * augment / whole:.1f} % of it")
+          f"augmentation {100 * augmenting / whole:.1f} % of it")
 
     few = train.pick(torch.arange(100, device=device))
-    apart = seconds(lambda: [train_judge(few, few, recipe, 20, seed, looks=1) for seed in range(5)], device,
+    apart = seconds(lambda: [train_judge(few, few, recipe, 20, seed, num_evals=1) for seed in range(5)],
+                    device,
                     rounds=3)
-    at_once = seconds(lambda: train_judges([few] * 5, few, recipe, 20, range(5), looks=1), device, rounds=3)
+    at_once = seconds(lambda: train_judges([few] * 5, few, recipe, 20, range(5), num_evals=1), device,
+                      rounds=3)
     print(f"5 judges, 20 epochs of 100 images | {at_once:.2f} s side by side | {apart:.2f} s one by one | "
           f"{apart / at_once:.1f} times as fast")
 
@@ -152,7 +158,7 @@ def forwards(device):
     product = matrix_rate(device, dtype)
     x, t = torch.randn(16, 3, 32, 32, device=device), torch.full((16,), 500.0, device=device)
     y = torch.arange(16, device=device)
-    for name, network in (("DiT-S/2", DiT("S", 32, 2, 3, 100)), ("U-ViT-S/2", UViT("S", 32, 2, 3, 100))):
+    for name, network in (("DiT-S/2", DiT("S", 32, 2, 3, 100)), ("U-ViT-S/2", uvit.UViT("S", 32, 2, 3, 100))):
         forward = torch.no_grad()(functools.partial(network.to(device, dtype).eval(), x, t, y))
         call, done = seconds(forward, device, rounds=3), flops(forward)
         print(f"{name} forward, 16 images of 32 pixels{', bf16' * bf16} | {16 / call:.1f} images/s | "

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +24,7 @@ FLAGS = {
     "out": dict(type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)"),
     "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
     "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
-    "dry-run": dict(action="store_true", help="print what was found and what would be made of it, and stop"),
+    "dry-run": dict(action="store_true", help="print what was read and what would be trained, and stop"),
     "overwrite": dict(action="store_true", help="replace what other settings made"),
     "skip-broken": dict(action="store_true", help="leave out images that cannot be read (they are named)"),
     "vae": dict(default="ema", metavar="ema|mse|FILE",
@@ -33,7 +34,13 @@ FLAGS = {
                  help="bfloat16 arithmetic, one of a run's settings (default: where it is faster)"),
     "compile": dict(action="store_true",
                     help="torch.compile the network: slower for a minute, then faster"),
+    "recompute": dict(action="store_true",
+                      help="gradient checkpointing: less memory, more work, since the activations of each "
+                           "block are computed again in the backward pass"),
 }
+# of both files that train a diffusion model
+TRAINING = ("data root recipe validation out seed device overwrite vae skip-broken bf16 compile recompute "
+            "dry-run")
 
 
 def add_flags(parser, names):
@@ -99,6 +106,24 @@ def gains_from_bf16(device):
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def chosen_bf16(asked, device, width):
-    """Whether to work in bfloat16: as asked, or where it is faster, which narrow networks are not."""
-    return (gains_from_bf16(device) and width >= 192) if asked is None else asked
+class Run(NamedTuple):
+    """What a command line says to every stage alike, however deep in the code it is needed."""
+    command: str               # as it was typed, for the records
+    device: torch.device
+    seed: int
+    overwrite: bool
+    bf16: bool | None          # as asked; None: where it is faster
+    compile: bool
+    recompute: bool            # gradient checkpointing
+    vae: str                   # the autoencoder's weights
+
+    def in_bf16(self, width):
+        """Whether a network so wide works in bfloat16: as asked, or where it is faster, from 192 on."""
+        return gains_from_bf16(self.device) and width >= 192 if self.bf16 is None else self.bf16
+
+
+def run_of(args, file, argv=None):
+    """The Run of parsed flags; a flag that the stage lacks is off. Raises UserError as device_named does."""
+    flags = {name: getattr(args, name, False) for name in ("overwrite", "compile", "recompute")}
+    return Run(command_line_of(file, argv), device_named(args.device), args.seed, bf16=args.bf16,
+               vae=args.vae, **flags)

@@ -47,15 +47,16 @@ def save_state(path, state):
 
 
 def fetch(url, name, flag):
-    """The file `name` in torch's hub cache, downloaded from `url` with a progress bar where it is not there.
+    """The path of the file `name` in torch's hub cache, downloaded from `url` first where it is not there.
 
     Raises UserError where it cannot be had; flag is how to give it by hand.
     """
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.is_file() and processes.rank() == 0:
+
+    def download():
         try:
-            with atomic_write(path) as temporary, tqdm(desc=f"fetching {name}", unit="B",
-                                                       unit_scale=1) as bar:
+            with atomic_write(path) as temporary, \
+                    tqdm(desc=f"fetching {name}", unit="B", unit_scale=1) as bar:
                 def advance(blocks, size, total):
                     bar.total = total
                     bar.update(blocks * size - bar.n)
@@ -63,7 +64,7 @@ def fetch(url, name, flag):
         except (OSError, http.client.HTTPException) as error:   # no network, no such file, a cut-off one
             raise UserError(f"cannot fetch {url} ({error}): download it elsewhere and point {flag} "
                             "at the file") from error
-    processes.barrier()
+    processes.on_first_process(lambda: path.is_file() or download())
     return path
 
 

@@ -55,6 +55,12 @@ def batch_share(batch):
     return batch // world()
 
 
+def own_share(*tensors):
+    """The rows of each tensor (B, ...) that are this process's share of the batch: (B / processes, ...)."""
+    share = batch_share(len(tensors[0]))
+    return tuple(tensor[rank() * share:][:share] for tensor in tensors)
+
+
 def all_reduce_mean(sums):
     """{name: scalar tensor} -> the same, averaged over all processes."""
     values = torch.stack(list(sums.values()))

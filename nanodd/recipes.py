@@ -7,37 +7,38 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the other files take from the data set."""
+    """All that the stages take from the data set. The defaults are for anybody's pictures on a laptop."""
     name: str
-    size: int                  # of what the diffusion model draws: pixels, or latent cells (8 pixels each)
-    channels: int              # 1 or 3; of latents 4
-    latents: bool              # whether it draws latents, which the autoencoder (vae.py) turns into pictures
-    weights: str               # published weights to start from; "" where the base is trained here
-    network: str               # DiT's size: tiny, XS, S, B, L or XL
-    patch: int                 # pixels (or latent cells) per token side
-    steps: int                 # of training the base model
-    batch: int
-    lr: float                  # peak learning rate of the base
-    ema: float                 # EMA decay, after its warm-up
-    tune_steps: int            # of fine-tuning with the min-max losses; 0: as many as make tune_epochs
-    tune_epochs: int
-    tune_batch: int
-    tune_lr: float
-    tune_beta2: float          # AdamW's
-    tune_ema: float
-    tune_warm: bool            # the average warms up, so that tune_ema binds only in long runs
-    lambda_r: float
-    lambda_d: float
-    guidance: float            # classifier-free guidance when sampling; 1 is none
-    flip: bool                 # mirror training images: right for photographs, wrong for digits
-    net: str                   # the judge (convnet.py)
-    judge_size: int            # what the judge enlarges (or shrinks) images to
-    protocol: str              # how the judge is trained (train_eval.py, section 2): challenge, short or gu
-    augment: str               # the judge's augmentations (train_eval.py, section 1), joined by "_"; "": all
-    mean: tuple                # the judge sees (pixel / 255 - mean) / std
-    std: tuple
-    epochs: int                # of the judge, at most (short; challenge and gu have their own)
-    views: int                 # images it sees in all, at most (short): large sets get fewer epochs
+    size: int = 32             # of what the diffusion model draws: pixels, or latent cells (8 pixels each)
+    channels: int = 3          # 1 or 3; of latents 4
+    latents: bool = False      # whether it draws latents, which the autoencoder decodes to pictures
+    weights: str = ""          # published weights to start from; "" where the base is trained here
+    network: str = "tiny"      # DiT's size: tiny, XS, S, B, L or XL
+    patch: int = 4             # pixels (or latent cells) per token side
+    steps: int = 3000          # of training the base model
+    batch: int = 32
+    lr: float = 2e-3           # peak learning rate of the base
+    ema: float = .995          # EMA decay, after its warm-up
+    tune_steps: int = 400      # of fine-tuning with the min-max losses; 0: as many as make tune_epochs
+    tune_epochs: int = 0
+    tune_batch: int = 64
+    tune_lr: float = 1e-3
+    tune_beta2: float = .99    # AdamW's
+    tune_ema: float = .99
+    tune_warm: bool = True     # the average warms up, so that tune_ema matters only in long runs
+    lambda_r: float = .002
+    lambda_d: float = .008
+    guidance: float = 2.       # classifier-free guidance when sampling; 1 is none
+    flip: bool = True          # mirror training images: right for photographs, wrong for digits
+    net: str = "convnet3"      # the judge (convnet.py)
+    judge_size: int = 32       # the size that images are brought to for the judge, in pixels
+    protocol: str = "short"    # how the judge is trained (train_eval.py, section 2): challenge, short or gu
+    # the judge's augmentations (train_eval.py, section 1), joined by "_"; "": all six of the challenge
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    mean: tuple = (.5, .5, .5)                                  # the judge sees (pixel / 255 - mean) / std
+    std: tuple = (.25, .25, .25)
+    epochs: int = 200          # of the judge, at most (short; challenge and gu have their own)
+    views: int = 40_000        # images that it sees in all, at most (short): large sets get fewer epochs
 
     @property
     def pixels(self):
@@ -51,33 +52,21 @@ class Recipe:
 
 
 RECIPES = {
+    "folder": Recipe("folder"),
     # Drawn at their native 8x8: enlarged to 16x16 first, the same network needs many times the steps, for
     # most of its 256 numbers then carry noise alone. The judge has 16x16, the least that three poolings leave
     # room in. Black stays 0 under the judge's normalisation, so that augmentation fills with background.
     "digits": Recipe(
-        name="digits", size=8, channels=1, latents=False, weights="",
-        network="tiny", patch=2, steps=7500, batch=32, lr=4e-3, ema=.995,
-        tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
-        tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=False,
-        net="convnet3", judge_size=16, protocol="short", augment="color_crop_cutout_scale_rotate",
-        mean=(0.,), std=(.5,), epochs=200, views=40_000),
-    # Anybody's pictures, small enough for a laptop.
-    "folder": Recipe(
-        name="folder", size=32, channels=3, latents=False, weights="",
-        network="tiny", patch=4, steps=3000, batch=32, lr=2e-3, ema=.995,
-        tune_steps=400, tune_epochs=0, tune_batch=64, tune_lr=1e-3, tune_beta2=.99,
-        tune_ema=.99, tune_warm=True, lambda_r=.002, lambda_d=.008, guidance=2., flip=True,
-        net="convnet3", judge_size=32, protocol="short", augment="color_crop_cutout_flip_scale_rotate",
-        mean=(.5, .5, .5), std=(.25, .25, .25), epochs=200, views=40_000),
+        "digits", size=8, channels=1, patch=2, steps=7500, lr=4e-3, flip=False, judge_size=16,
+        augment="color_crop_cutout_scale_rotate", mean=(0.,), std=(.5,)),
     # Gu et al. 2024: 256-pixel pictures from the published DiT-XL/2. Their average starts at the published
     # weights, and still holds 30 % of them after 12,000 steps.
     "imagenet": Recipe(
-        name="imagenet", size=32, channels=4, latents=True, weights="DiT-XL-2-256x256",
-        network="XL", patch=2, steps=400_000, batch=256, lr=1e-4, ema=.9999,
-        tune_steps=0, tune_epochs=8, tune_batch=8, tune_lr=1e-3, tune_beta2=.999,
-        tune_ema=.9999, tune_warm=False, lambda_r=.002, lambda_d=.008, guidance=4., flip=True,
-        net="resnetap10", judge_size=224, protocol="gu", augment="",
-        mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300, views=4_000_000),
+        "imagenet", channels=4, latents=True, weights="DiT-XL-2-256x256", network="XL", patch=2,
+        steps=400_000, batch=256, lr=1e-4, ema=.9999, tune_steps=0, tune_epochs=8, tune_batch=8,
+        tune_beta2=.999, tune_ema=.9999, tune_warm=False, guidance=4., net="resnetap10", judge_size=224,
+        protocol="gu", augment="", mean=(.485, .456, .406), std=(.229, .224, .225), epochs=300,
+        views=4_000_000),
 }
 RECIPES["imagenet512"] = replace(RECIPES["imagenet"], name="imagenet512", size=64, weights="DiT-XL-2-512x512")
 # The challenge's two data sets at their own size, 256 tokens both. The judge's numbers are the challenge's.

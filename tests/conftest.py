@@ -1,5 +1,6 @@
 """Shared by all tests: they run offline, on a CPU, each in an empty folder of its own."""
 import dataclasses
+import os
 import pathlib
 import shutil
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # tests run side by side, a core each
 
 import numpy as np
 import pytest
@@ -18,10 +21,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import diffusion
-import uvit
-import vae
-from nanodd import recipes
+import minimax
+import sample
+from nanodd import files, recipes
 from nanodd.data import archives
+from nanodd.networks import autoencoder, uvit
+from nanodd.sampling import distilled
 
 
 def shrink():
@@ -31,11 +36,11 @@ def shrink():
             (recipes.RECIPES, "digits",
              dataclasses.replace(recipes.RECIPES["digits"], epochs=4, views=600, **short)),
             (recipes.RECIPES, "folder",
-             dataclasses.replace(recipes.RECIPES["folder"], size=8, judge_size=8, patch=2,
-                                                    epochs=2, views=200, **short)),
+             dataclasses.replace(recipes.RECIPES["folder"], size=8, judge_size=8, patch=2, epochs=2,
+                                 views=200, **short)),
             (recipes.RECIPES, "imagenet",
              dataclasses.replace(recipes.RECIPES["imagenet"], size=8, judge_size=64,
-                                                      weights="DiT-S-2-64x64", network="S", tune_batch=4))]
+                                 weights="DiT-S-2-64x64", network="S", tune_batch=4))]
 
 
 def dry_run(argv):
@@ -50,6 +55,42 @@ def workplace(tmp_path, monkeypatch):
     for where, name, value in shrink():
         monkeypatch.setitem(where, name, value)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tuned_files(tmp_path_factory):
+    """A folder where minimax.py was run once: out/digits with base.safetensors and minimax.safetensors."""
+    home = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for where, name, value in shrink():
+            patch.setitem(where, name, value)
+        minimax.main([])
+    return home
+
+
+@pytest.fixture
+def tuned(tuned_files, workplace):
+    """The test's own copy of what minimax.py wrote."""
+    shutil.copytree(tuned_files / "out", "out")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for budgets that only drawing moves: an eighth of a second for each block of images."""
+    now, draw = [0.0], sample.draw
+
+    def timed(*args):
+        now[0] += 1 / 8
+        return draw(*args)
+    monkeypatch.setattr(sample, "draw", timed)
+    monkeypatch.setattr(distilled, "clock", lambda: now[0])
+
+
+def drawn_files(out="out/digits"):
+    """{path in the set: bytes} of a distilled set of PNG files."""
+    return {path.relative_to(out).as_posix(): path.read_bytes()
+            for path in pathlib.Path(out).glob("distilled/*/*.png")}
 
 
 @pytest.fixture
@@ -91,8 +132,8 @@ def imagenet_files(tmp_path_factory):
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.02)
     torch.save(model.state_dict(), home / "DiT-S.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vae, "WIDTHS", NARROW)
-        safetensors.torch.save_file(vae.Autoencoder().state_dict(), home / "vae.safetensors")
+        patch.setattr(autoencoder, "WIDTHS", NARROW)
+        safetensors.torch.save_file(autoencoder.Autoencoder().state_dict(), home / "vae.safetensors")
     return ImageNet(home / "root", home / "DiT-S.pt", home / "vae.safetensors")
 
 
@@ -102,7 +143,7 @@ NARROW = (32, 32, 64, 64)                                       # a quick autoen
 @pytest.fixture
 def imagenet(imagenet_files, tmp_path, monkeypatch):
     """The same, in a copy of the test's own; the autoencoder is the narrow one."""
-    monkeypatch.setattr(vae, "WIDTHS", NARROW)
+    monkeypatch.setattr(autoencoder, "WIDTHS", NARROW)
     shutil.copytree(imagenet_files.root, tmp_path / "imagenet")
     return imagenet_files._replace(root=tmp_path / "imagenet")
 
@@ -121,21 +162,31 @@ def sentence(capsys):
 
 
 @pytest.fixture
-def kill_and_resume():
-    """Starts a module's main(argv) in its own process, SIGKILLs it once `when()` is true, runs it again."""
+def kill_and_resume(monkeypatch, capsys):
+    """Starts a module's main(argv) in its own process, SIGKILLs it once a file is there, and resumes it here.
+
+    No second file is renamed into its place after that one, so that the process cannot end before it is
+    killed, however slow this one is. Returns what the resumed run printed.
+    """
     here = pathlib.Path(__file__).parent
 
-    def run(module, argv, when):
-        code = (f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
-                f"import conftest, {module}, nanodd.files\n"
+    def run(module, argv, file):
+        argv = list(map(str, argv))
+        code = (f"import os, pathlib, sys, time; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+                f"import conftest, {module}\n"
                 f"for where, name, value in conftest.shrink(): where[name] = value\n"
-                f"nanodd.files.SAVE_EVERY = 0\n{module}.main({list(map(str, argv))!r})")
-        victim, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 60
-        while not when():
+                f"conftest.files.SAVE_EVERY, replace = 0, os.replace\n"
+                f"wait = pathlib.Path({str(file)!r}).exists\n"
+                f"os.replace = lambda *paths: time.sleep(999) if wait() else replace(*paths)\n"
+                f"{module}.main({argv!r})")
+        victim = subprocess.Popen([sys.executable, "-c", code])
+        while not pathlib.Path(file).exists():
             assert victim.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
             time.sleep(0.002)
         victim.send_signal(signal.SIGKILL)
         victim.wait()
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        monkeypatch.setattr(files, "SAVE_EVERY", 0)
+        capsys.readouterr()
+        sys.modules[module].main(argv)
+        return capsys.readouterr().out
     return run

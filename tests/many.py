@@ -1,4 +1,5 @@
 """What each process of test_many.py runs; no test by itself."""
+import itertools
 import pathlib
 import sys
 
@@ -8,16 +9,18 @@ import conftest
 import diffusion
 import minimax
 import sample
-import uvit
-import vae
 from nanodd import processes
 from nanodd.data import datasets
+from nanodd.networks import autoencoder, training
+from nanodd.sampling import distilled, pilots
 import torch
 
 files, out = conftest.ImageNet(*map(pathlib.Path, sys.argv[1:4])), sys.argv[4]
 for where, name, value in conftest.shrink():
     where[name] = value
-vae.WIDTHS = conftest.NARROW
+autoencoder.WIDTHS = conftest.NARROW
+ticks = itertools.count()
+distilled.clock = lambda: next(ticks) / 50                      # moved by looks at it, on any machine alike
 
 with processes.process_group():                                 # one group for all of it
     base = ["--base", "out/digits/base.safetensors", "--steps", "4"]
@@ -25,19 +28,19 @@ with processes.process_group():                                 # one group for 
     minimax.main([*base, "--lambda-r", ".1", "--lambda-d", ".1", "--out", f"{out}/both"])
     sample.main(["--ipc", "3", "--steps", "4", "--batch", "7", "--out", f"{out}/drawn"])
     sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "7", "--out", f"{out}/budget"])
-    sample.CANDIDATES = (1, 2)
+    pilots.CANDIDATES = (1, 2)
     sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "7", "--out", f"{out}/auto"])
-    uvit.main(["--steps", "4", "--out", f"{out}/uvit"])
+    diffusion.main(["--network", "uvit", "--steps", "4", "--out", f"{out}/uvit"])
     minimax.main(["--data", "imagewoof", "--root", str(files.root), "--vae", str(files.vae), "--steps", "1",
                   "--out", f"{out}/woof"])
 
     # the memories after three steps
     train, losses = datasets.load("digits").train, minimax.MinMax(.1, .1)
     torch.manual_seed(0)
-    plan = diffusion.Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
+    plan = training.Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
     model = diffusion.DiT("mini", size=8, patch=2, channels=1, classes=10)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    trainer = diffusion.Trainer(model, train, torch.arange(11), plan, losses)
-    for step in range(3):
-        trainer.step(step)
+    trainer, schedule = training.Trainer(model, plan), diffusion.Schedule()
+    for _ in minimax.tune(trainer, train, torch.arange(11), schedule, losses):
+        pass
     torch.save(losses.state_dict(), f"{out}/memories-{processes.rank()}.pt")

@@ -8,13 +8,13 @@ import safetensors.torch
 import torch
 
 import diffusion
+import imagenet as benchmark
 import minimax
 import sample
 import train_eval
-import vae
-from diffusion import load_model
-from nanodd import files, recipes
+from nanodd import cli, files, recipes
 from nanodd.data import archives, datasets, imageset
+from nanodd.networks import autoencoder, checkpoint, latents, models, published, training
 
 # Section 2.5 of the method's facts: class, and its row in the published weights' label table
 ROWS = {"imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],
@@ -32,7 +32,7 @@ def tune(imagenet, *more):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_class_has_its_published_row_whatever_lies_beside_it(name):
     header = {"classes": archives.imagenet_classes(), "rows": list(range(1001)), "data": "imagenet"}
-    assert diffusion.rows_of(header, archives.class_list(name), "file") == [*ROWS[name], 1000]
+    assert checkpoint.rows_of(header, archives.class_list(name), "file") == [*ROWS[name], 1000]
 
 
 def test_the_class_lists_are_whole():
@@ -70,7 +70,7 @@ def test_pictures_to_judged_set(imagenet, capsys):
 
 def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet, sentence):
     diffusion.main(["--weights", str(imagenet.weights)])
-    base = diffusion.published_base(recipes.RECIPES["imagenet"])
+    base = published.published_base(recipes.RECIPES["imagenet"])
     sample.main(["--data", "imageidc", "--checkpoint", str(base), "--steps", "1", "--ipc", "1",
                  "--vae", str(imagenet.vae)])
     assert sorted(path.name for path in pathlib.Path("out/imageidc/distilled").iterdir()) == \
@@ -81,12 +81,12 @@ def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet, sentence):
 def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_average(imagenet, tmp_path):
     tensors = torch.load(imagenet.weights)
     diffusion.main(["--weights", str(imagenet.weights)])
-    model, header = load_model("out/DiT-S-2-64x64/base.safetensors")
+    model, header = models.load_model("out/DiT-S-2-64x64/base.safetensors")
     assert header["data"] == "imagenet" and header["config"]["network"] == "S" and len(header["rows"]) == 1001
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
     torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {},
                 "args": argparse.Namespace(lr=1)}, tmp_path / "0050000.pt")
-    found, config = diffusion.read_published(tmp_path / "0050000.pt", diffusion.dit_config, "DiT")
+    found, config = published.read_published(tmp_path / "0050000.pt", published.dit_config, "DiT")
     assert found.keys() == tensors.keys() and config == header["config"]
 
 
@@ -114,7 +114,8 @@ def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sente
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root)
     assert "DiT-S-2-64x64.pt" in said and "diffusion.py --weights" in said
-    said = sentence(vae.main, next(imagenet.root.rglob("*.JPEG")), "--vae", "mse")
+    picture = next(imagenet.root.rglob("*.JPEG"))
+    said = sentence(benchmark.main, "--picture", picture, "--vae", "mse")
     assert "sd-vae-ft-mse" in said and "--vae" in said
 
 
@@ -125,7 +126,7 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
     def never(*_):
         raise AssertionError("nothing is to be encoded")
     with monkeypatch.context() as patch:
-        patch.setattr(vae, "encode_twice", never)
+        patch.setattr(latents, "encode_with_mirror", never)
         minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae),
                       "--steps", "1", "--out", "out/elsewhere"])
     assert "encoding" not in capsys.readouterr().out
@@ -162,21 +163,22 @@ def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path,
 def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     tune(imagenet)
     whole = datasets.load("imagewoof", imagenet.root)
-    latents = vae.prepared(whole, str(imagenet.vae), torch.device("cpu"))
-    assert latents.moments.shape == (20, 2, 8, 8, 8) and latents.moments.dtype == torch.float16
+    run = cli.Run("python minimax.py", torch.device("cpu"), 0, False, None, False, False, str(imagenet.vae))
+    encoded = latents.prepared(whole, run)
+    assert encoded.moments.shape == (20, 2, 8, 8, 8) and encoded.moments.dtype == torch.float16
     picture = imageset.to_float(whole.train.pick(torch.tensor([3])).read().images)
-    autoencoder = vae.load_autoencoder(str(imagenet.vae))
+    vae = autoencoder.load_autoencoder(str(imagenet.vae))
     for side, x in enumerate((picture, picture.flip(3))):
-        moments = torch.cat(autoencoder.encode(x), dim=1)[0]
-        assert (latents.moments[3, side].float() - moments).abs().max() < 0.02
+        moments = torch.cat(vae.encode(x), dim=1)[0]
+        assert (encoded.moments[3, side].float() - moments).abs().max() < 0.02
     index, mirrored = torch.tensor([3, 3]), torch.tensor([False, True])
-    one = latents.examples(index, mirrored, torch.Generator().manual_seed(1))
-    two = latents.examples(index, mirrored, torch.Generator().manual_seed(2))
-    mean = latents.moments[3, :, :4].float()
+    one = encoded.examples(index, mirrored, torch.Generator().manual_seed(1))
+    two = encoded.examples(index, mirrored, torch.Generator().manual_seed(2))
+    mean = encoded.moments[3, :, :4].float()
     assert one.shape == (2, 4, 8, 8) and not torch.equal(one, two)
-    many = torch.stack([latents.examples(index, mirrored, torch.Generator().manual_seed(k))
+    many = torch.stack([encoded.examples(index, mirrored, torch.Generator().manual_seed(k))
                         for k in range(400)])
-    deviation = 0.18215 * torch.exp(latents.moments[3, :, 4:].float() / 2)
+    deviation = 0.18215 * torch.exp(encoded.moments[3, :, 4:].float() / 2)
     assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3  # six standard errors
 
 
@@ -236,7 +238,7 @@ def test_out_of_memory_names_the_flag_that_helps(imagenet, sentence, monkeypatch
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(diffusion.Trainer, "step", full)
+    monkeypatch.setattr(training.Trainer, "update", full)
     said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae)
     assert "out of memory" in said and "--recompute" in said and "--batch" in said
 

@@ -11,10 +11,11 @@ import torch
 import conftest
 import diffusion
 import minimax
-import vae
 from nanodd import files
 from nanodd.data import imageset
+from nanodd.networks import latents
 
+pytestmark = pytest.mark.xdist_group("many")                    # they share the fixture below
 SCRIPT = pathlib.Path(__file__).parent / "many.py"
 
 
@@ -67,14 +68,16 @@ def test_with_lambdas_each_process_has_its_own_extremum(both):
 
 
 def test_the_memories_are_equal_on_all_ranks_and_hold_the_whole_batch(both):
-    first, second = (torch.load(both / f"two/memories-{rank}.pt") for rank in (0, 1))
-    alone = torch.load(both / "one/memories-0.pt")
+    first, second, alone = (torch.load(both / name)
+                            for name in ("two/memories-0.pt", "two/memories-1.pt", "one/memories-0.pt"))
     for memory in ("real", "generated"):
-        assert first[memory].keys() == second[memory].keys() == alone[memory].keys()
-        for label, entries in first[memory].items():
-            assert torch.equal(entries, second[memory][label])
-            assert entries.shape == alone[memory][label].shape
-    assert all(torch.equal(entries, alone["real"][label]) for label, entries in first["real"].items())
+        assert first[memory]["seen"] == second[memory]["seen"] == alone[memory]["seen"]
+        entries, others, single = (state[memory]["entries"] for state in (first, second, alone))
+        assert entries.keys() == others.keys() == single.keys()
+        assert all(torch.equal(entries[label], others[label]) for label in entries)
+        assert all(entries[label].shape == single[label].shape for label in entries)
+    assert all(torch.equal(entries, alone["real"]["entries"][label])
+               for label, entries in first["real"]["entries"].items())
 
 
 def test_two_processes_draw_the_same_files_as_one(both):
@@ -95,7 +98,7 @@ def test_processes_share_the_encoding(both):
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 10
     for here, there in zip(one, two, strict=True):
         assert torch.equal(files.load_tensors(here)["moments"], files.load_tensors(there)["moments"])
-        assert vae.cache_header(here) == vae.cache_header(there)
+        assert latents.cache_header(here) == latents.cache_header(there)
 
 
 def test_only_the_first_process_speaks(both):

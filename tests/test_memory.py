@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import memory
-from memory import Memory, policies
+from memory import Memory, rules
 from nanodd.errors import UserError
 
 
@@ -61,11 +61,33 @@ def test_memory_holds_no_gradients_and_survives_a_save(tmp_path):
     assert torch.equal(again.get(1), kept.get(1))
 
 
+def test_a_rule_gets_what_was_ever_pushed_and_random_numbers_that_resume(monkeypatch):
+    calls = []
+
+    def spy(entries, slots, seen, rng):
+        calls.append((len(entries), seen, int(torch.randint(10**9, (), generator=rng))))
+        return entries[:slots]
+    monkeypatch.setitem(memory.RULES, "spy", spy)
+    whole, cut = Memory(3, "spy", seed=1), Memory(3, "spy", seed=1)
+    for _ in range(4):
+        whole.push(5, torch.zeros(2, 1))
+    cut.push(5, torch.zeros(2, 1))
+    resumed = Memory(3, "spy", seed=1)
+    resumed.load_state_dict(cut.state_dict())
+    for _ in range(3):
+        resumed.push(5, torch.zeros(2, 1))
+    assert [call[:2] for call in calls[:4]] == [(2, 2), (4, 4), (5, 6), (5, 8)]
+    assert calls[:4] == calls[4:] and len({drawn for _, _, drawn in calls}) == 4
+    Memory(3, "spy", seed=1).push(6, torch.zeros(2, 1))           # another class, other numbers
+    Memory(3, "spy", seed=2).push(5, torch.zeros(2, 1))           # another seed
+    assert len({drawn for _, _, drawn in calls}) == 6
+
+
 def test_adaptive_is_the_papers_pair():
-    assert policies("adaptive") == ("max", "max") and policies("fifo") == ("fifo", "fifo")
-    assert policies("max,min") == ("max", "min")
+    assert rules("adaptive") == ("max", "max") and rules("fifo") == ("fifo", "fifo")
+    assert rules("max,min") == ("max", "min") and rules("max") == ("max", "max")
     with pytest.raises(UserError, match="REAL,GENERATED"):
-        policies("newest")
+        rules("newest")
 
 
 def test_the_demonstration_shows_the_rare_mode_kept(capsys, sentence):

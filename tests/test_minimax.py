@@ -7,10 +7,11 @@ import torch
 
 import diffusion
 import minimax
-from diffusion import Denoised, DiT, Plan, Trainer
+from diffusion import Denoised, DiT, Schedule
 from minimax import MinMax
 from nanodd import files
 from nanodd.data import datasets
+from nanodd.networks import models, training
 
 
 def cosine(a, b):
@@ -20,10 +21,12 @@ def cosine(a, b):
 def test_both_criteria_agree_with_double_loops():
     z, memory = torch.randn(5, 12), torch.randn(7, 12)
     every = [cosine(a, b) for a in z for b in memory]
-    assert minimax.representativeness(z, memory) == pytest.approx(1 - min(every), abs=1e-5)
-    assert minimax.diversity(z, memory) == pytest.approx(max(every), abs=1e-5)
-    assert minimax.naive_representativeness(z, memory) == pytest.approx(1 - sum(every) / 35, abs=1e-5)
-    assert minimax.naive_diversity(z, memory) == pytest.approx(sum(every) / 35, abs=1e-5)
+    batch = torch.randn(5, 12)
+    beside = [cosine(a, b) for a in z for b in batch]
+    assert minimax.representativeness(z, batch, memory) == pytest.approx(1 - min(every), abs=1e-5)
+    assert minimax.diversity(z, batch, memory) == pytest.approx(max(every), abs=1e-5)
+    assert minimax.naive_representativeness(z, batch, memory) == pytest.approx(1 - sum(beside) / 25, abs=1e-5)
+    assert minimax.naive_diversity(z, batch, memory) == pytest.approx(sum(every) / 35, abs=1e-5)
 
 
 def batch(vectors, labels, reals=None):
@@ -75,39 +78,47 @@ def test_both_guesses_agree_on_noise_and_differ_on_clean_images():
         xt = schedule.q_sample(x0, t, eps)
         x0_hat = schedule.x0_from_eps(xt, t, eps)
         assert cosine(x0_hat.flatten(), (xt - eps).flatten()) == pytest.approx(agreement, abs=0.08)
+    for t in (500, 700, 999):                                     # they differ by 1 / sqrt(abar)
+        abar, t = schedule.abar[t].item(), torch.tensor([t])
+        xt = schedule.q_sample(x0, t, eps)
+        x0_hat, paper = schedule.x0_from_eps(xt, t, eps), xt - eps
+        assert cosine(x0_hat.flatten(), paper.flatten()) > 0.98
+        assert (x0_hat.norm() / paper.norm()).item() == pytest.approx(1 / math.sqrt(abar), rel=0.05)
     losses = MinMax(1., 1., z_hat="paper")
     losses(Denoised(None, xt, eps, x0_hat), x0, [0])
     assert torch.equal(losses.generated.get(0)[0], (xt - eps).flatten())
 
 
 def test_naive_needs_no_real_memory():
-    total, terms = MinMax(1., 1., naive=True)(*batch([[1., 0.]], [0], reals=[[0., 1.]]))
+    total, terms = MinMax(1., 1., criterion="naive")(*batch([[1., 0.]], [0], reals=[[0., 1.]]))
     assert terms["repr"] == pytest.approx(1) and terms["div"] == 0
 
 
-def trainer(extra):
+def steps(losses, count):
+    """(the trainer, its reports) after `count` steps from the same weights; losses None: L_diff alone."""
     torch.manual_seed(0)
     model = DiT("mini", size=8, patch=2, channels=1, classes=10)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    plan = Plan(steps=5, batch=16, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
-    return Trainer(model, datasets.load("digits").train, torch.arange(11), plan, extra)
+    plan = training.Plan(steps=count, batch=16, lr=1e-3, decay=False, ema=.9, seed=0, flip=False)
+    trainer = training.Trainer(model, plan)
+    state = trainer, datasets.load("digits").train, torch.arange(11), Schedule()
+    loop = diffusion.train(*state) if losses is None else minimax.tune(*state, losses)
+    return trainer, list(loop)
 
 
 def test_lambda_zero_is_plain_fine_tuning_bit_for_bit():
-    plain, zero, full = trainer(None), trainer(MinMax(0., 0.)), trainer(MinMax(.1, .1))
-    for step in range(5):
-        for one in (plain, zero, full):
-            report = one.step(step)
-    assert files.fingerprint(plain.tuned) == files.fingerprint(zero.tuned) != files.fingerprint(full.tuned)
-    assert 0 < report["repr"] < 2 and -1 < report["div"] < 1
+    (plain, _), (zero, _), (full, reports) = (steps(losses, 5) for losses in (None, MinMax(0., 0.),
+                                                                              MinMax(.1, .1)))
+    assert files.fingerprint(plain.trainable) == files.fingerprint(zero.trainable)
+    assert files.fingerprint(zero.trainable) != files.fingerprint(full.trainable)
+    assert 0 < reports[-1]["repr"] < 2 and -1 < reports[-1]["div"] < 1
 
 
 def test_both_losses_do_what_they_say():
     """After the same steps, a large lambda_r raises the worst cosine, a large lambda_d lowers the best."""
     last = {}
     for name, weights in (("none", (0., 0.)), ("repr", (3., 0.)), ("div", (0., 3.))):
-        one = trainer(MinMax(*weights))
-        reports = [one.step(step) for step in range(60)][30:]
+        reports = steps(MinMax(*weights), 60)[1][30:]
         last[name] = {key: sum(float(report[key]) for report in reports) / 30 for key in ("repr", "div")}
     assert last["repr"]["repr"] < last["none"]["repr"] and last["div"]["div"] < last["none"]["div"]
 
@@ -116,10 +127,10 @@ def test_fine_tuning_makes_the_base_first_and_keeps_only_what_it_tuned(capsys):
     minimax.main(["--memory", "adaptive"])
     said = capsys.readouterr().out
     assert "making it first" in said and "-> python sample.py --steps 10" in said
-    model, header = diffusion.load_model("out/digits/minimax.safetensors")
-    base, _ = diffusion.load_model("out/digits/base.safetensors")
+    model, header = models.load_model("out/digits/minimax.safetensors")
+    base, _ = models.load_model("out/digits/base.safetensors")
     tuned = set(files.load_tensors("out/digits/minimax.safetensors"))
-    assert tuned == set(diffusion.difffit_parameters(model))
+    assert tuned == set(minimax.difffit_parameters(model))
     for name, tensor in base.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]) == (name not in tuned)
     assert header["base"]["file"] == "base.safetensors"
@@ -155,7 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(kill_and_resume):
     for module, argv in (("diffusion", ["--steps", "60"]), ("minimax", [*tune, "cut/base.safetensors"])):
         name = "base" if module == "diffusion" else "minimax"
         resume = pathlib.Path(f"cut/{name}.resume.pt")
-        said = kill_and_resume(module, [*argv, "--out", "cut"], resume.exists)
+        said = kill_and_resume(module, [*argv, "--out", "cut"], resume)
         assert "going on from step" in said and not resume.exists()
         whole, cut = (files.load_tensors(f"{out}/{name}.safetensors") for out in ("whole", "cut"))
         assert files.fingerprint(whole) == files.fingerprint(cut)

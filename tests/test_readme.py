@@ -1,4 +1,5 @@
-"""The README says what is true: its commands parse, its tables are the measured rows, its files exist."""
+"""README.md and docs/ say what is true: commands parse, tables are the measured rows, links lead on."""
+import functools
 import json
 import pathlib
 import re
@@ -15,23 +16,26 @@ import memory
 import minimax
 import sample
 import train_eval
-import uvit
-import vae
 from nanodd import recipes
-from train_eval import read_rows
+from nanodd.judging import baselines
+from nanodd.networks import uvit
+from nanodd.sampling import pilots
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-MAINS = {module.__name__: module
-         for module in (convnet, diffusion, memory, minimax, sample, train_eval, uvit, vae)}
+PAGES = {str(path.relative_to(ROOT)): path.read_text()
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+README, DIGITS, CHALLENGE, PAPERS, SPEED = (PAGES[name] for name in (
+    "README.md", "docs/digits.md", "docs/challenge.md", "docs/papers.md", "docs/speed.md"))
+MAINS = {module.__name__: module for module in (convnet, diffusion, memory, minimax, sample, train_eval)}
 
 
 def commands():
-    """Every command of the README, its generated tables and the files' first screens: script and words."""
-    texts = [README, *(module.__doc__ for module in MAINS.values())]
+    """Every command of the pages, their generated tables and the files' first screens: script and words."""
+    texts = [*PAGES.values(), *(module.__doc__ for module in MAINS.values())]
     for file in (ROOT / "results").glob("[dc]*.jsonl"):         # digits and cifar100
         texts += [json.loads(line)["command"] for line in file.read_text().splitlines()]
     for text in texts:
+        text = re.sub(r"git apply .*", "", text)                # parses in the changed code alone
         for line in re.findall(r"python ([\w/]+\.py[^\n`;|]*)", text):
             script, *words = shlex.split(line.partition("#")[0].partition(", S =")[0])
             yield script, [word.replace("S", "0") if word == "S" else word for word in words]
@@ -41,13 +45,19 @@ def commands():
 def test_every_command_parses(script, words, monkeypatch):
     assert (ROOT / script).is_file()
     if script.startswith("benchmarks/"):
-        said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).stdout.decode()
-        assert {word for word in words if word.startswith("-")} <= set(re.findall(r"--[\w-]+", said))
+        assert {word for word in words if word.startswith("-")} <= flags_of(script)
         return
     # the driver stops once the arguments are read
     monkeypatch.setattr(MAINS[script[:-3]], "exit_on_user_error", stop)
     with pytest.raises(Parsed):
         MAINS[script[:-3]].main(list(words))
+
+
+@functools.cache
+def flags_of(script):
+    """The flags that a benchmark's --help names, asked once, for it takes seconds to start."""
+    said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).stdout.decode()
+    return set(re.findall(r"--[\w-]+", said))
 
 
 class Parsed(Exception):
@@ -58,17 +68,35 @@ def stop(parser, **_):
     raise Parsed
 
 
+def stands_once(name, part):
+    """Whether a generated part stands between its two marks, on one page alone."""
+    marked = [text for text in PAGES.values() if f"<!-- {name} -->" in text]
+    return len(marked) == 1 and f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in marked[0]
+
+
 def test_the_tables_are_what_was_measured():
     import digits
-    for name, part in digits.tables(read_rows(digits.RESULTS)).items():
-        assert f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in README
+    for name, part in digits.tables(baselines.read_rows(digits.RESULTS)).items():
+        assert stands_once(name, part), name
+
+
+def test_each_part_is_written_into_the_page_that_has_its_marks(tmp_path, monkeypatch):
+    import digits
+    (tmp_path / "docs").mkdir()
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    readme.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n")
+    page.write_text("<!-- b -->\n<!-- end of b -->\n")
+    monkeypatch.setattr(digits, "ROOT", tmp_path)
+    digits.write_readme({"b": "new b", "a": "new a"})
+    assert readme.read_text() == "before\n<!-- a -->\nnew a\n<!-- end of a -->\nafter\n"
+    assert page.read_text() == "<!-- b -->\nnew b\n<!-- end of b -->\n"
 
 
 def test_the_tables_of_cifar100_are_what_was_measured_or_dashes():
     import cifar100
-    rows = read_rows(cifar100.FULL.rows)
+    rows = baselines.read_rows(cifar100.FULL.rows)
     for name, part in cifar100.tables(rows).items():
-        assert f"<!-- {name} -->\n{part}\n<!-- end of {name} -->" in README
+        assert stands_once(name, part), name
     for row in rows:
         assert row["command"] and row["seconds"] > 0 and row["device"] and row["seed"] >= 0
         assert row["data"] == "cifar100" and not re.search(r"(?<![\w.])/\w", row["command"])
@@ -81,10 +109,10 @@ def test_what_is_said_of_cifar100s_networks_follows_from_them():
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in diffusion.DiT(name, 32, 2, 3, 100).parameters())
                  for name in ("S", "XS")}
-    assert diffusion.SIZES["XS"] == (6, 256, 4) and "256 wide, 6 blocks" in README
-    assert f"DiT-S/2 has {2 * sizes['S'] / 1e6:.0f} MB in bfloat16" in README
-    assert f"has {2 * sizes['XS'] / 1e6:.0f} MB, so that" in README and 2 * sizes["XS"] < 16e6 - 1e5
-    assert f"it says {len(cifar100.jobs(cifar100.FULL))} of" in README
+    assert diffusion.SIZES["XS"] == (6, 256, 4) and "256 wide, 6 blocks" in CHALLENGE
+    assert f"DiT-S/2 has {2 * sizes['S'] / 1e6:.0f} MB in bfloat16" in CHALLENGE
+    assert f"has {2 * sizes['XS'] / 1e6:.0f} MB, so that" in CHALLENGE and 2 * sizes["XS"] < 16e6 - 1e5
+    assert f"it says {len(cifar100.jobs(cifar100.FULL))} of" in CHALLENGE
     with torch.device("meta"):
         x, t, y = torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         dit, u = (flops(lambda net=net: net(x, t, y)) for net in (diffusion.DiT("S", 32, 2, 3, 100),
@@ -98,9 +126,23 @@ def test_every_row_was_run_five_times_by_the_judge_it_names():
         assert row["judge"] == "ConvNetD3-W128" and not re.search(r"(?<![\w.])/\w", row["command"])
 
 
+def test_what_is_said_of_the_front_table_is_what_was_measured():
+    import digits
+    rows = baselines.read_rows(digits.RESULTS)
+    of = {(row["row"], row["ipc"]): row for row in rows if row["table"] == "main"}
+    ours, chance, centroids = ([of[name, ipc] for ipc in (1, 10)] for name in (
+        "**distilled**", "real, at random", "real, k-means centroids"))
+    assert (README + DIGITS).count("At one image a class the distilled set is far ahead of") == 2
+    assert ours[0]["mean"] > chance[0]["mean"] + chance[0]["std"]
+    assert 0.4 < chance[1]["mean"] - ours[1]["mean"] < 0.6 < ours[1]["std"]
+    for k in (0, 1):
+        assert centroids[k]["mean"] > max(ours[k]["mean"], chance[k]["mean"])
+
+
 def test_what_is_said_of_the_solvers_is_what_was_measured():
     import digits
-    rows = {(row["row"], row["steps"]): row for row in read_rows(digits.RESULTS) if row["table"] == "solvers"}
+    rows = {(row["row"], row["steps"]): row for row in baselines.read_rows(digits.RESULTS)
+            if row["table"] == "solvers"}
     (ddim, pp, fast), real = digits.SOLVERS, rows["real, at random", 0]
     assert rows[fast, 5]["mean"] < rows[ddim, 5]["mean"] - 10 < rows[pp, 5]["mean"] - 10
     for steps in (15, 20, 50):
@@ -115,25 +157,92 @@ def test_what_is_said_of_the_solvers_is_what_was_measured():
 
 def test_auto_took_the_steps_that_are_best_in_full():
     import digits
-    rows = [row for row in read_rows(digits.RESULTS) if row["table"] == "auto"]
+    rows = [row for row in baselines.read_rows(digits.RESULTS) if row["table"] == "auto"]
     full = {row["steps"]: row["mean"] for row in rows if row["row"] != "auto"}
     taken, = (row["steps"] for row in rows if row["row"] == "auto")
-    assert set(full) == set(sample.CANDIDATES) and max(full, key=full.get) == taken == 10
+    assert set(full) == set(pilots.CANDIDATES) and max(full, key=full.get) == taken == 10
 
 
-def test_links_lead_somewhere():
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
-                for line in re.findall(r"^#+ (.*)", README, re.M)}
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert target[1:] in headings if target.startswith("#") else (ROOT / target).exists(), target
+def test_what_is_said_of_a_budgets_end_is_what_happened():
+    import digits
+    late = [row for row in baselines.read_rows(digits.RESULTS)
+            if row["table"] in ("steps", "auto")
+            and row["drawn"] > (digits.BUDGET if row["table"] == "steps" else digits.SHORT_BUDGET)]
+    assert [(row["table"], row["steps"]) for row in late] == [("steps", 10)]
+    assert f"row of 10 steps took {late[0]['drawn']} s of its {digits.BUDGET}" in DIGITS
 
 
-def test_a_file_imports_only_files_above_it():
-    order = ["memory", "convnet", "vae", "diffusion", "uvit", "train_eval", "minimax", "sample"]
-    for k, name in enumerate(order):
+def test_a_sample_deviation_of_three_is_larger_by_the_factor_that_is_said():
+    three = torch.tensor([1., 2., 4.])
+    factor = three.std() / three.std(correction=0)
+    assert f"over three judges are {factor:.2f} times as large" in PAPERS
+
+
+def headings(text):
+    """The anchors of a page's headings."""
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent.joinpath(path).resolve() if path else ROOT / page
+        assert found.exists(), target
+        assert not anchor or anchor in headings(PAGES[str(found.relative_to(ROOT))]), target
+
+
+def test_every_page_is_reached_from_the_front_page_and_says_what_it_is():
+    for page, text in PAGES.items():
+        assert page == "README.md" or f"]({page}" in README, page
+        title, empty, sentence = text.splitlines()[:3]
+        assert title.startswith("# ") and not empty and sentence.endswith((".", ":")), page
+
+
+def test_the_front_page_is_no_archive():
+    cells = [cell.strip() for line in README.splitlines() if line.startswith("|")
+             for cell in line.strip("|").split("|")]
+    assert len(README.splitlines()) <= 120 and all(cells)
+    assert not [cell for cell in cells if cell in "–-" or "python " in cell]
+    install = [line for line in README.splitlines()
+               if re.match(r" *pip install -r requirements.txt && python -m pytest", line)]
+    assert len(install) == 1
+
+
+def shown():
+    """(command, the lines of output that the front page shows below it): code, then a fenced block."""
+    for command, block in re.findall(r"^    (?:pip.*&& )?(python .*)\n\n```text\n([^`]*)```", README, re.M):
+        yield command, block.splitlines()
+
+
+def test_the_commands_of_the_front_page_say_what_it_shows(capsys):
+    commands = list(shown())
+    assert len(commands) == 3
+    for command, lines in commands:
+        _, script, *words = shlex.split(command)
+        short = ["--runs", "1", "--epochs", "1"] if script == "train_eval.py" else []
+        MAINS[script[:-3]].main([*words, *short, "--device", "cpu"])
+        said = capsys.readouterr().out.splitlines()
+        for line in lines:                                      # any number for a number, anything for dots
+            pattern = re.sub(r"\d[\d.,]*", lambda _: r"[\d.,]+", re.escape(line).replace(r"\.\.\.", ".*")
+                             .replace(r"\.", ".").replace(r"\ ", " "))
+            pattern = re.sub(r" +", " +", pattern)
+            assert any(re.fullmatch(pattern, found) for found in said), (line, said)
+
+
+def test_the_stages_are_as_long_and_import_one_another_as_the_front_page_says():
+    imports = {"minimax": {"diffusion", "memory"}, "sample": {"diffusion", "train_eval"},
+               "train_eval": {"convnet"}}
+    for name in MAINS:
         text = (ROOT / f"{name}.py").read_text()
-        assert set(re.findall(r"^from (\w+) import", text, re.M)) & set(order) <= set(order[:k])
-    assert ", ".join(order) in README
+        found = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & set(MAINS)
+        assert found == imports.get(name, set()), name
+        assert len(text.splitlines()) <= 340 and "one file of at most 340 lines" in README
+    for name, others in imports.items():
+        assert f"{name}.py imports {' and '.join(f'{other}.py' for other in sorted(others))}" in README
+    order = re.findall(r"^\| \[(\w+)\.py\]", README, re.M)
+    assert order == ["memory", "diffusion", "minimax", "sample", "convnet", "train_eval"]
 
 
 def test_every_flag_is_explained(capsys):
@@ -154,16 +263,16 @@ def test_the_speed_at_imagenets_size_is_what_was_measured():
             f"{ten['images_per_second']:.2f} images a second at 10 steps and "
             f"{fifty['images_per_second']:.2f} at 50, with guidance and decoded, at "
             f"{100 * ten['share']:.0f} and {100 * fifty['share']:.0f} % of the matrix product's "
-            "rate") in README
+            "rate") in SPEED
     assert (f"made {tuning['steps_per_second']:.2f} steps of 8 images a second, {tuning['cache_gain']:.1f} "
             "times as many as with the autoencoder in the loop, and the min-max losses cost "
-            f"{100 * tuning['losses_share']:.1f} % of a step") in README
+            f"{100 * tuning['losses_share']:.1f} % of a step") in SPEED
 
 
 def test_the_sizes_at_imagenets_scale_follow_from_the_recipe():
     recipe = recipes.RECIPES["imagenet512"]                     # the tests' own "imagenet" is a small one
     cells, channels = (recipe.size // 2) ** 2, recipe.channels
-    assert f"the latent cache {2 * 2 * channels * cells * 2 / 1e3:.0f} kB a picture" in README
-    assert f"{12_454 * 2 * 2 * channels * cells * 2 / 1e9:.1f} GB for ImageWoof" in README
-    assert f"ten classes take {2 * 10 * 64 * channels * cells * 4 / 1e6:.0f} MB" in README
-    assert f"a fine-tuned checkpoint {1_739_552 * 4 / 1e6:.0f} MB" in README
+    assert f"the latent cache {2 * 2 * channels * cells * 2 / 1e3:.0f} kB a picture" in PAPERS
+    assert f"{12_454 * 2 * 2 * channels * cells * 2 / 1e9:.1f} GB for ImageWoof" in PAPERS
+    assert f"ten classes take {2 * 10 * 64 * channels * cells * 4 / 1e6:.0f} MB" in PAPERS
+    assert f"a fine-tuned checkpoint {1_739_552 * 4 / 1e6:.0f} MB" in PAPERS

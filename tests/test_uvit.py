@@ -11,12 +11,18 @@ import diffusion
 import minimax
 import sample
 import train_eval
-import uvit
-from diffusion import DiT, Trainer, denoising_loss
+from diffusion import DiT, denoising_loss
 from nanodd import files, recipes
 from nanodd.data import archives, datasets
 from nanodd.errors import UserError
-from uvit import ContinuousSchedule, UViT
+from nanodd.networks import checkpoint, training, uvit
+from nanodd.sampling import solvers
+
+
+def learn_uvit(argv):
+    """python diffusion.py --network uvit ..."""
+    diffusion.main(["--network", "uvit", *argv])
+
 
 SMALL = {"network": "S", "size": 32, "patch": 2, "channels": 3}     # U-ViT-S/2, CIFAR-10
 MID = {"network": "M", "size": 64, "patch": 4, "channels": 3}       # U-ViT-M/4, ImageNet at 64 pixels
@@ -31,14 +37,14 @@ MID = {"network": "M", "size": 64, "patch": 4, "channels": 3}       # U-ViT-M/4,
     ({**MID, "network": "L", "classes": 1000, "null": False}, 261, 286_827_652)])
 def test_sizes_are_the_published_ones(config, tensors, parameters):
     with torch.device("meta"):
-        model = UViT(**config)
+        model = uvit.UViT(**config)
     assert len(model.state_dict()) == tensors
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_names_are_the_published_ones():
     with torch.device("meta"):
-        model = UViT(**MID, classes=1000, null=False)
+        model = uvit.UViT(**MID, classes=1000, null=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     D = 768
     block = {"norm1.weight": (D,), "norm1.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
@@ -110,7 +116,7 @@ def spelled_out(model, x, t, y):
 
 @torch.no_grad()
 def test_the_network_is_what_the_paper_draws():
-    model = UViT("mini", 8, 2, 3, classes=5)
+    model = uvit.UViT("mini", 8, 2, 3, classes=5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, t, y = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 500.5, 999.0]), torch.tensor([0, 3, 5])
@@ -121,63 +127,65 @@ def test_the_network_is_what_the_paper_draws():
 
 def test_difffit_changes_nothing_at_first_and_tunes_by_its_rule():
     torch.manual_seed(0)
-    plain = UViT("tiny", 8, 2, 1, classes=5)
-    tuned = UViT("tiny", 8, 2, 1, classes=5, difffit=True)
+    plain = uvit.UViT("tiny", 8, 2, 1, classes=5)
+    tuned = uvit.UViT("tiny", 8, 2, 1, classes=5, difffit=True)
     missing, extra = tuned.load_state_dict(plain.state_dict(), strict=False)
     assert extra == [] and len(missing) == 4 * 5 and all("gamma" in name for name in missing)
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3., 700.]), torch.tensor([0, 4])
     assert torch.equal(plain(x, t, y), tuned(x, t, y))
-    names = set(diffusion.difffit_parameters(tuned))
+    names = set(minimax.difffit_parameters(tuned))
     assert {"label_emb.weight", "norm.weight", "out_blocks.0.skip_linear.bias", "mid_block.gamma1",
             "in_blocks.1.attn.gamma2", "final_layer.bias"} <= names
     assert not {"pos_embed", "out_blocks.0.skip_linear.weight", "decoder_pred.weight"} & names
     with torch.device("meta"):
-        large = UViT(**{**MID, "network": "L"}, classes=10, difffit=True)
+        large = uvit.UViT(**{**MID, "network": "L"}, classes=10, difffit=True)
     assert sum("attn.gamma1" in name for name, _ in large.named_parameters()) == 14
 
 
 def test_the_schedule_is_the_sdes():
     """abar(t) = exp(-integral of beta), beta(s) = 0.1 + 19.9 s, integrated by the trapezium rule."""
-    schedule = ContinuousSchedule()
+    schedule = uvit.ContinuousSchedule()
     for t in (0.0, 1.0, 123.4, 999.0):
         s = torch.linspace(0, t / 999, 10_001, dtype=torch.float64)
         assert schedule.abar_at(t) == pytest.approx(math.exp(-torch.trapezoid(0.1 + 19.9 * s, s).item()))
     signal, noise = schedule.at(torch.tensor([0.0, 1.0, 500.0, 999.0]))
     assert torch.allclose(signal**2 + noise**2, torch.ones(4, 1, 1, 1))
     assert signal[2].item()**2 == pytest.approx(schedule.abar_at(500.0), rel=1e-5)
-    assert schedule.level(999).half_log_snr == pytest.approx(-5.025, abs=1e-3)
+    assert solvers.level(schedule, 999).half_log_snr == pytest.approx(-5.025, abs=1e-3)
     drawn = schedule.draw_times(10_000, torch.Generator().manual_seed(0), "cpu")
     assert 0 <= drawn.min() and drawn.max() <= 999 and drawn.mean().item() == pytest.approx(499.5, abs=10)
     assert (drawn != drawn.round()).any()
 
 
 def test_its_loss_is_the_mean_squared_error_of_eps():
-    schedule, x0, eps = ContinuousSchedule(), torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
+    schedule, x0, eps = uvit.ContinuousSchedule(), torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8)
     t, guess = torch.tensor([10.5, 400.0, 999.0]), torch.randn(3, 1, 8, 8)
     found = denoising_loss(lambda x, t, y: guess, schedule, x0, None, t, eps)
     assert torch.allclose(found.loss, ((eps - guess)**2).mean(dim=(1, 2, 3)))
-    a = torch.tensor([schedule.level(v.item()).alpha for v in t]).view(-1, 1, 1, 1)
-    s = torch.tensor([schedule.level(v.item()).sigma for v in t]).view(-1, 1, 1, 1)
+    a = torch.tensor([solvers.level(schedule, v.item()).alpha for v in t]).view(-1, 1, 1, 1)
+    s = torch.tensor([solvers.level(schedule, v.item()).sigma for v in t]).view(-1, 1, 1, 1)
     assert torch.allclose(found.xt, a * x0 + s * eps, atol=1e-5)
     assert torch.allclose(found.x0_hat, (a * x0 + s * eps - s * guess) / a, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
-def published(tmp_path):
+def weights_file(tmp_path):
     """Random weights of the published layout: an unconditional mini U-ViT for 8-pixel digits."""
-    torch.save(UViT("mini", 8, 2, 1, classes=0).state_dict(), tmp_path / "unconditional.pth")
+    torch.save(uvit.UViT("mini", 8, 2, 1, classes=0).state_dict(), tmp_path / "unconditional.pth")
     return tmp_path / "unconditional.pth"
 
 
 @torch.no_grad()
-def test_an_unconditional_checkpoint_starts_a_conditional_network(published):
+def test_an_unconditional_checkpoint_starts_a_conditional_network(weights_file):
     """The label token comes first, so that every published position moves up by one."""
-    tensors, config = diffusion.read_published(published, uvit.uvit_config, "U-ViT")
-    assert config == {"backbone": "uvit", "network": "mini", "size": 8, "patch": 2, "channels": 1,
+    wanted = {"network": "mini", "size": 8, "patch": 2, "channels": 1}
+    weights = uvit.read_weights(weights_file, wanted, recipes.RECIPES["digits"])
+    tensors = weights.tensors
+    assert weights.config == {"backbone": "uvit", "network": "mini", "size": 8, "patch": 2, "channels": 1,
                       "classes": 0, "null": False}
-    model, old = UViT("mini", 8, 2, 1, classes=3), UViT("mini", 8, 2, 1, classes=0)
+    model, old = uvit.UViT("mini", 8, 2, 1, classes=3), uvit.UViT("mini", 8, 2, 1, classes=0)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    uvit.start_from(model, tensors, ["a", "b", "c"], published)
+    uvit.start_from(model, weights, ["a", "b", "c"])
     mine = model.state_dict()
     assert torch.equal(mine["pos_embed"][:, 1:], tensors["pos_embed"])
     assert torch.equal(mine["pos_embed"][:, :1], fresh["pos_embed"][:, :1])
@@ -193,21 +201,23 @@ def test_an_unconditional_checkpoint_starts_a_conditional_network(published):
 
 def test_imagenets_label_rows_are_found_by_name(tmp_path):
     classes = archives.imagenet_classes()
-    tensors = UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict()
-    model = UViT("mini", 8, 2, 1, classes=3)
+    tensors = uvit.UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict()
+    model = uvit.UViT("mini", 8, 2, 1, classes=3)
     fresh = model.state_dict()["label_emb.weight"].clone()
-    uvit.start_from(model, tensors, [classes[7], "my own", classes[3]], "file.pth")
+    weights = uvit.Weights("file.pth", tensors, {})
+    uvit.start_from(model, weights, [classes[7], "my own", classes[3]])
     rows, table = model.state_dict()["label_emb.weight"], tensors["label_emb.weight"]
     assert torch.equal(rows[0], table[7]) and torch.equal(rows[2], table[3])
     assert torch.equal(rows[1], fresh[1]) and torch.equal(rows[3], fresh[3])    # a new class, and "no class"
     with pytest.raises(UserError, match="file.pth does not fit the network: pos_embed has shape"):
-        uvit.start_from(UViT("mini", 8, 4, 1, classes=3), tensors, ["a", "b", "c"], "file.pth")
+        uvit.start_from(uvit.UViT("mini", 8, 4, 1, classes=3), weights, ["a", "b", "c"])
 
 
 def test_a_published_table_without_a_null_row_is_never_guided(tmp_path, monkeypatch, sentence, capsys):
     monkeypatch.setattr(archives, "imagenet_classes", lambda: [str(k) for k in range(1000)])
-    torch.save(UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict(), tmp_path / "conditional.pth")
-    uvit.main(["--weights", str(tmp_path / "conditional.pth"), "--steps", "0"])
+    torch.save(uvit.UViT("mini", 8, 2, 1, classes=1000, null=False).state_dict(),
+               tmp_path / "conditional.pth")
+    learn_uvit(["--weights", str(tmp_path / "conditional.pth"), "--steps", "0"])
     header = files.read_header("out/digits/uvit/base.safetensors")
     assert header["rows"] == [*range(10), -1] and header["guidance"] == 1
     minimax.main(["--out", "out/digits/uvit"])
@@ -220,14 +230,15 @@ def test_a_published_table_without_a_null_row_is_never_guided(tmp_path, monkeypa
 def test_a_table_without_a_null_row_drops_no_label():
     train = datasets.load().train
     rows = torch.tensor([*range(10), -1])
+    plan = training.Plan(steps=5, batch=64, lr=0., decay=False, ema=0., seed=0, flip=False)
     for step in range(5):
-        _, y, _, _ = diffusion.draw(train, 64, step, 0, False, rows, ContinuousSchedule())
-        index = diffusion.batch_index(len(train.labels), 64, step, 0)
+        _, y, _, _ = diffusion.draw(train, plan, step, rows, uvit.ContinuousSchedule())
+        index = training.batch_index(len(train.labels), 64, step, 0)
         assert torch.equal(y, train.labels[index])
 
 
 def test_either_backbone_goes_through_every_stage(capsys):
-    uvit.main([])
+    learn_uvit([])
     said = capsys.readouterr().out
     assert said.strip().endswith("out/digits/uvit/base.safetensors -> "
                                  "python minimax.py --out out/digits/uvit")
@@ -242,7 +253,7 @@ def test_either_backbone_goes_through_every_stage(capsys):
     assert row["train"] == "out/digits/uvit/distilled"
     minimax.main([])                                            # DiT's lies beside it
     assert "backbone" not in files.read_header("out/digits/minimax.safetensors")["config"]
-    uvit.main([])
+    learn_uvit([])
     assert "is finished (same settings)" in capsys.readouterr().out
 
 
@@ -251,12 +262,11 @@ def test_training_is_a_function_of_the_seed_and_moves_every_weight():
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = UViT("mini", 8, 2, 1, classes=10)
+        model = uvit.UViT("mini", 8, 2, 1, classes=10)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        _, plan = uvit.plan_of(recipes.RECIPES["digits"], 4, 0, False, torch.device("cpu"))
-        trainer = Trainer(model, train, rows, plan, schedule=ContinuousSchedule())
-        for step in range(3):
-            trainer.step(step)
+        _, numbers = uvit.numbers(recipes.RECIPES["digits"])
+        trainer = training.Trainer(model, training.Plan(**{**numbers, "steps": 3}, seed=0, flip=False))
+        assert len(list(diffusion.train(trainer, train, rows, uvit.ContinuousSchedule()))) == 3
         assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
         models.append(model)
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -264,27 +274,28 @@ def test_training_is_a_function_of_the_seed_and_moves_every_weight():
 
 
 def test_its_own_settings_are_the_published_ones():
-    network, plan = uvit.plan_of(recipes.RECIPES["cifar100"], None, 0, None, torch.device("cpu"))
+    network, numbers = uvit.numbers(recipes.RECIPES["cifar100"])
+    plan = training.Plan(**numbers, seed=0, flip=True)
     assert network == "S" and (plan.steps, plan.batch, plan.lr, plan.lr_warm) == (500_000, 128, 2e-4, 2500)
     assert (plan.beta1, plan.beta2, plan.weight_decay, plan.ema, plan.warm) == (.99, .999, .03, .9999, False)
     with torch.device("meta"):                                  # the first screen's 1.1M
-        assert sum(p.numel() for p in UViT("tiny", 8, 2, 1, 10).parameters()) == 1_060_366
+        assert sum(p.numel() for p in uvit.UViT("tiny", 8, 2, 1, 10).parameters()) == 1_060_366
     assert [plan.lr_at(step) for step in (0, 1249, 2499, 100_000)] == pytest.approx([8e-8, 1e-4, 2e-4, 2e-4])
 
 
-def test_what_does_not_fit_gets_a_sentence(published, tmp_path, sentence):
+def test_what_does_not_fit_gets_a_sentence(weights_file, tmp_path, sentence):
     torch.save(DiT("mini", 8, 2, 1, 10).state_dict(), tmp_path / "dit.pt")
-    assert "holds no U-ViT weights" in sentence(uvit.main, "--weights", tmp_path / "dit.pt")
-    assert "there is no file no.pth" in sentence(uvit.main, "--weights", "no.pth")
-    assert "at least 1" in sentence(uvit.main, "--steps", 0)
-    assert "does not know the class 0" in sentence(uvit.main, "--weights", published, "--steps", 0)
-    torch.save(UViT("mini", 16, 2, 1, classes=0).state_dict(), tmp_path / "larger.pth")
-    assert "another size than the recipe digits (size 16, not 8)" in sentence(
-        uvit.main, "--weights", tmp_path / "larger.pth")
-    uvit.main(["--weights", str(published), "--steps", "2", "--out", "out/digits"])
+    assert "holds no U-ViT weights" in sentence(learn_uvit, "--weights", tmp_path / "dit.pt")
+    assert "there is no file no.pth" in sentence(learn_uvit, "--weights", "no.pth")
+    assert "at least 1" in sentence(learn_uvit, "--steps", 0)
+    assert "does not know the class 0" in sentence(learn_uvit, "--weights", weights_file, "--steps", 0)
+    torch.save(uvit.UViT("mini", 16, 2, 1, classes=0).state_dict(), tmp_path / "larger.pth")
+    said = sentence(learn_uvit, "--weights", tmp_path / "larger.pth")
+    assert "another size than the recipe digits (size 16, not 8)" in said
+    learn_uvit(["--weights", str(weights_file), "--steps", "2", "--out", "out/digits"])
     said = sentence(diffusion.main, "--steps", 2)               # a U-ViT lies where DiT's base should be
     assert "backbone 'uvit' there, None here" in said
     with pytest.raises(UserError, match="trained with a cosine schedule; linear and vp are here"):
-        uvit.schedule_of("cosine", "file.safetensors")
+        checkpoint.schedule_of("cosine", "file.safetensors")
     with pytest.raises(UserError, match="the backbone unet is not here"):
-        uvit.network_of(backbone="unet")
+        checkpoint.network_of(backbone="unet")

@@ -7,22 +7,22 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import vae
+import imagenet as benchmark
 from nanodd import files
 from nanodd.data import imageset
 from nanodd.errors import UserError
-from vae import Autoencoder, load_autoencoder
+from nanodd.networks import autoencoder
 
 
 @pytest.fixture
 def mini(monkeypatch):
     """A narrow autoencoder with every kind of layer that the published one has."""
-    monkeypatch.setattr(vae, "WIDTHS", (32, 64, 96, 96))
-    autoencoder = Autoencoder().eval()
+    monkeypatch.setattr(autoencoder, "WIDTHS", (32, 64, 96, 96))
+    vae = autoencoder.Autoencoder().eval()
     with torch.no_grad():
-        for parameter in autoencoder.parameters():
+        for parameter in vae.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return autoencoder
+    return vae
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def published_shapes():
 
 def test_the_autoencoder_has_the_published_tensors():
     with torch.device("meta"):
-        autoencoder = Autoencoder()
-    shapes = {name: tuple(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+        vae = autoencoder.Autoencoder()
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     assert set(shapes.items()) == set(published_shapes().items())
     assert sum(map(math.prod, shapes.values())) == 83_653_863
     for part, count in (("encoder", 34_163_592), ("decoder", 49_490_179),
                         ("quant_conv", 72), ("post_quant_conv", 20)):
-        assert sum(p.numel() for p in getattr(autoencoder, part).parameters()) == count
+        assert sum(p.numel() for p in getattr(vae, part).parameters()) == count
 
 
 # The network once more, as functions of the tensors' names: an independent answer to encode and decode.
@@ -157,7 +157,7 @@ def test_encoding_and_decoding_are_the_published_chain_of_layers(mini):
 
 
 def test_attention_is_a_softmax_over_all_pixels():
-    block, x = vae.AttentionBlock(32), 3 * torch.randn(2, 32, 3, 5)
+    block, x = autoencoder.AttentionBlock(32), 3 * torch.randn(2, 32, 3, 5)
     with torch.no_grad():
         block.to_q.weight.mul_(9)                                 # weights far from uniform
         w = {f"a.{name}": tensor for name, tensor in block.state_dict().items()}
@@ -166,11 +166,11 @@ def test_attention_is_a_softmax_over_all_pixels():
 
 def test_group_norm_divides_by_the_root_of_the_variance_plus_1e_6():
     x, w = 1e-3 * torch.randn(2, 64, 4, 4), {"n.weight": torch.ones(64), "n.bias": torch.zeros(64)}
-    assert torch.allclose(vae.norm(64)(x), by_hand_norm(w, "n", x), atol=1e-4)
+    assert torch.allclose(autoencoder.norm(64)(x), by_hand_norm(w, "n", x), atol=1e-4)
 
 
 def test_downsampling_pads_on_the_right_and_below_only():
-    down, x = vae.Downsample(1), torch.randn(1, 1, 4, 6)
+    down, x = autoencoder.Downsample(1), torch.randn(1, 1, 4, 6)
     kernel, bias = down.conv.weight[0, 0], down.conv.bias[0]
     out = down(x)
     assert out.shape == (1, 1, 2, 3)
@@ -199,8 +199,8 @@ def test_the_mean_comes_first_and_the_log_variance_is_clamped(mini):
 
 def test_a_sample_has_the_scaled_mean_and_deviation():
     mean, logvar = torch.full((1, 4, 100, 100), 3.), torch.full((1, 4, 100, 100), 2 * math.log(5.))
-    assert torch.allclose(vae.draw_latent(mean, logvar, torch.zeros_like(mean)), 0.18215 * mean)
-    z = vae.draw_latent(mean, logvar, torch.randn_like(mean))          # 40,000: their mean deviates by 0.005
+    assert torch.allclose(autoencoder.draw_latent(mean, logvar, torch.zeros_like(mean)), 0.18215 * mean)
+    z = autoencoder.draw_latent(mean, logvar, torch.randn_like(mean))  # 40,000: their mean deviates by 0.005
     assert z.mean().item() == pytest.approx(0.18215 * 3, abs=0.02)
     assert z.std().item() == pytest.approx(0.18215 * 5, rel=0.02)
 
@@ -214,7 +214,8 @@ def test_decoding_in_chunks_is_decoding_at_once(mini):
 
 
 def test_bfloat16_is_close_to_float32(mini_file):
-    exact, rough = load_autoencoder(mini_file), load_autoencoder(mini_file, dtype=torch.bfloat16)
+    exact, rough = autoencoder.load_autoencoder(mini_file), autoencoder.load_autoencoder(mini_file,
+                                                                                         dtype=torch.bfloat16)
     assert rough.decoder.conv_in.weight.dtype == torch.bfloat16
     x, z = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
     for wanted, got in ((exact.encode(x)[0], rough.encode(x)[0]), (exact.decode(z), rough.decode(z))):
@@ -222,7 +223,7 @@ def test_bfloat16_is_close_to_float32(mini_file):
 
 
 def test_a_file_comes_back_frozen_and_in_eval_mode(mini, mini_file):
-    loaded = load_autoencoder(mini_file)
+    loaded = autoencoder.load_autoencoder(mini_file)
     assert all(torch.equal(tensor, mini.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -239,31 +240,32 @@ def test_both_generations_of_attention_names_load_to_the_same_outputs(mini, mini
         older[name] = tensor
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in older
     save_file(older, "older.safetensors")
-    loaded, x, z = load_autoencoder("older.safetensors"), torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2)
+    loaded, x, z = autoencoder.load_autoencoder("older.safetensors"), torch.randn(1, 3, 16,
+                                                                                  16), torch.randn(1, 4, 2, 2)
     assert torch.equal(loaded.encode(x)[0], mini.encode(x)[0])
     assert torch.equal(loaded.decode(z), mini.decode(z))
-    assert vae.encoder_print(loaded) == vae.encoder_print(mini)
+    assert autoencoder.encoder_fingerprint(loaded) == autoencoder.encoder_fingerprint(mini)
 
 
 def test_the_published_weights_are_fetched_by_name(mini_file, monkeypatch):
     asked = []
     monkeypatch.setattr(files, "fetch", lambda *a: asked.append(a) or mini_file)
     for name in ("ema", "mse"):
-        load_autoencoder(name)
+        autoencoder.load_autoencoder(name)
     assert asked == [(f"https://huggingface.co/stabilityai/sd-vae-ft-{name}/resolve/main/"
                       "diffusion_pytorch_model.safetensors", f"sd-vae-ft-{name}.safetensors", "--vae")
                      for name in ("ema", "mse")]
 
 
 def test_two_decoders_of_one_encoder_have_the_same_encoder_print(mini):
-    before = vae.encoder_print(mini)
+    before = autoencoder.encoder_fingerprint(mini)
     with torch.no_grad():
         mini.decoder.conv_in.weight.add_(1)
         mini.post_quant_conv.bias.add_(1)
-    assert vae.encoder_print(mini) == before
+    assert autoencoder.encoder_fingerprint(mini) == before
     with torch.no_grad():
         mini.quant_conv.bias.add_(1)
-    assert vae.encoder_print(mini) != before
+    assert autoencoder.encoder_fingerprint(mini) != before
 
 
 @pytest.mark.parametrize("change, said", [
@@ -276,37 +278,36 @@ def test_a_file_that_does_not_fit_names_its_first_tensor(mini_file, change, said
     change(tensors)
     save_file(tensors, "wrong.safetensors")
     with pytest.raises(UserError, match=f"wrong.safetensors does not fit the autoencoder: {said}"):
-        load_autoencoder("wrong.safetensors")
+        autoencoder.load_autoencoder("wrong.safetensors")
+
+
+def there_and_back(argv):
+    """python benchmarks/imagenet.py --picture ..."""
+    benchmark.main(["--picture", "red.png", "--device", "cpu", *argv])
 
 
 def test_absent_and_damaged_files_are_a_sentence(mini_file, sentence, tmp_path):
-    assert "there is no file gone.safetensors" in sentence(vae.main, "--vae", "gone.safetensors")
+    Image.new("RGB", (50, 40), (200, 30, 90)).save("red.png")
+    assert "there is no file gone.safetensors" in sentence(there_and_back, "--vae", "gone.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "half.safetensors").write_bytes(mini_file.read_bytes()[:100_000])
     for name in ("text", "half"):
-        assert f"{name}.safetensors is damaged" in sentence(vae.main, "--vae", f"{name}.safetensors")
-    assert "--size must be at least 8" in sentence(vae.main, "--size", 0)
-    assert "multiples of 8, not 20x20" in sentence(vae.main, "--vae", mini_file, "--size", 20)
-    assert "--vae is missing" in sentence(vae.main, "photo.png")
+        assert f"{name}.safetensors is damaged" in sentence(there_and_back, "--vae", f"{name}.safetensors")
+    assert "--size must be at least 8" in sentence(there_and_back, "--vae", mini_file, "--size", 0)
+    assert "multiples of 8, not 20x20" in sentence(there_and_back, "--vae", mini_file, "--size", 20)
 
 
 def test_psnr_is_20_dB_less_for_ten_times_the_error():
     black = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    assert vae.psnr(black, black + 255) == 0 and vae.psnr(black, black) == math.inf
-    assert vae.psnr(black, black + 10) == pytest.approx(20 * math.log10(25.5))
-    assert vae.psnr(black + 1, black) - vae.psnr(black, black + 10) == pytest.approx(20)
-
-
-def test_the_demonstration_needs_no_file(capsys, tmp_path):
-    vae.main(["--size", "16", "--device", "cpu"])
-    said = capsys.readouterr().out
-    assert "83,653,863 parameters | random weights" in said and "-> python vae.py PICTURE --vae ema" in said
-    assert "(3, 16, 16) -> (4, 2, 2)" in said and not (tmp_path / "out").exists()
+    assert benchmark.psnr(black, black + 255) == 0 and benchmark.psnr(black, black) == math.inf
+    assert benchmark.psnr(black, black + 10) == pytest.approx(20 * math.log10(25.5))
+    assert benchmark.psnr(black + 1, black) - benchmark.psnr(black, black + 10) == pytest.approx(20)
 
 
 def test_a_picture_and_its_reconstruction_are_written_side_by_side(mini_file, capsys):
     Image.new("RGB", (50, 40), (200, 30, 90)).save("red.png")
-    vae.main(["red.png", "--vae", str(mini_file), "--size", "32", "--device", "cpu", "--bf16"])
-    assert " dB | out/vae.png" in capsys.readouterr().out
+    there_and_back(["--vae", str(mini_file), "--size", "32", "--bf16"])
+    said = capsys.readouterr().out
+    assert " dB | out/vae.png" in said and "(3, 32, 32) -> (4, 4, 4)" in said
     both = imageset.open_image("out/vae.png")
     assert both.shape == (3, 32, 64) and (both[:, 5, 5] == torch.tensor([200, 30, 90])).all()

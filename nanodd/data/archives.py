@@ -81,14 +81,15 @@ def cifar_archive(source, home):
     here = home / source.base_folder
     if not here.is_dir() and any(file.suffix.lower() in imageset.SUFFIXES for file in home.glob("*/*")):
         raise UserError(f"{home} holds class folders, but they should lie in {home}/train and {home}/test")
-    if processes.rank() == 0:
+
+    def download():
         try:
             source(home, train=False, download=True)
         except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a checksum
             raise UserError(f"{here} is missing or damaged, and {source.url} cannot be fetched ({error}): "
                             "download and unpack it elsewhere, and point --root at the folder that holds "
                             f"{source.base_folder}") from error
-    processes.barrier()
+    processes.on_first_process(download)
 
     def part(train):
         found = source(home, train=train)

@@ -78,6 +78,8 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
         raise UserError(f"{name} has one class only ({train.classes[0]}); a classifier needs two")
     if validation:
         train, test = split(train, .2)
+    train, test = (part._replace(skip_broken=skip_broken) if isinstance(part, imageset.ImageFiles) else part
+                   for part in (train, test))
     if not recipe.latents:                                      # pixels are learned from memory
         train, test = train.read(skip_broken), test.read(skip_broken)
     cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"

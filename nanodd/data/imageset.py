@@ -44,7 +44,7 @@ class ImageSet(NamedTuple):
         """Itself: it was read already."""
         return self
 
-    def examples(self, index, mirrored, chance):
+    def examples(self, index, mirrored, rng):
         """What the diffusion model learns from: (B, C, H, W) in [-1, 1]; mirrored (B,) bool, or None."""
         x = to_float(self.images[index])
         return x if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
@@ -53,13 +53,15 @@ class ImageSet(NamedTuple):
 class ImageFiles(NamedTuple):
     """An ImageSet still on disk: N paths in place of images, which read() decodes to (channels, size, size).
 
-    labels: (N,) int64 in 0..K-1. classes: list of K names, in label order.
+    labels: (N,) int64 in 0..K-1. classes: list of K names, in label order. skip_broken: whether images that
+    cannot be read are left out.
     """
     files: list
     labels: torch.Tensor
     classes: list
     size: int
     channels: int
+    skip_broken: bool = False
 
     def pick(self, index):
         """The files at `index`, a (n,) tensor of positions or a boolean mask."""
@@ -70,7 +72,7 @@ class ImageFiles(NamedTuple):
         """Itself: nothing of it is on a device before it is read."""
         return self
 
-    def read(self, skip_broken=False):
+    def read(self, skip_broken=None):
         """Decodes all of it, several files at a time: an ImageSet.
 
         Raises UserError, naming the first and counting, where images cannot be read and shall not be skipped.
@@ -83,7 +85,7 @@ class ImageFiles(NamedTuple):
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(attempt, self.files))
         broken = [image for image in images if isinstance(image, UserError)]
-        if broken and not skip_broken:
+        if broken and not (self.skip_broken if skip_broken is None else skip_broken):
             raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
                             "--skip-broken leaves them out)")
         for error in broken:

@@ -1,5 +1,114 @@
-"""What a checkpoint says of itself."""
+"""A checkpoint is one .safetensors file: the tensors that sampling uses, and a JSON header.
+
+The header holds "config", from which the network is built, the schedule's name, the data set, its classes and
+each class's row in the network's label table, the settings, the command, and a fingerprint of the tensors.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nanodd import files
 from nanodd.errors import UserError
+
+# ----------------------------------------------------------------------------------------------------
+# 1. The backbones that a header can name
+
+
+class Backbone(NamedTuple):
+    """A kind of network, and what belongs to it."""
+    network: type              # built from a header's "config": network(**config)
+    sizes: dict                # {name: (depth, width, heads)}
+    schedule: type             # its noise schedule, schedule(device)
+    numbers: Callable          # recipe -> (its size for the data, {field of training.Plan: number})
+
+
+BACKBONES = {}                 # "dit" is entered by diffusion.py, "uvit" by uvit.py, each under its network
+
+
+def choices():
+    """What --network takes: the sizes of DiT, "uvit" (its own size for the data), "uvit-S" and so on."""
+    return [*BACKBONES["dit"].sizes, "uvit", *(f"uvit-{size}" for size in BACKBONES["uvit"].sizes)]
+
+
+def named(network):
+    """A word of --network, or None -> (backbone, its size or None): "S" is a DiT, "uvit-S" a U-ViT."""
+    backbone, _, size = (network or "").rpartition("-")
+    return ("uvit", None) if network == "uvit" else (backbone or "dit", size or None)
+
+
+def network_of(backbone="dit", **config):
+    """The untrained network of a checkpoint's "config". Raises UserError for an unknown backbone."""
+    if backbone not in BACKBONES:
+        raise UserError(f"the backbone {backbone} is not here; {' and '.join(sorted(BACKBONES))} are")
+    return BACKBONES[backbone].network(**config)
+
+
+def backbone_of(config):
+    """The Backbone of a checkpoint's "config", which names it unless it is DiT."""
+    return BACKBONES[config.get("backbone", "dit")]
+
+
+def width_of(config):
+    """The width of the network of a checkpoint's "config"."""
+    return backbone_of(config).sizes[config["network"]][1]
+
+
+def schedule_of(name, path, device="cpu"):
+    """The schedule that the checkpoint at `path` names. Raises UserError for an unknown one."""
+    known = {backbone.schedule.name: backbone.schedule for backbone in BACKBONES.values()}
+    if name not in known:
+        raise UserError(f"{path} was trained with a {name} schedule; {' and '.join(sorted(known))} are here")
+    return known[name](device)
+
+
+def rebuild(config, tensors, path):
+    """The network of `config` with {name: tensor} for weights; only DiffFit's gammas, all 1, may be missing.
+
+    Raises UserError, naming `path` and the tensor, where anything else is missing, extra or of another shape.
+    """
+    with torch.device("meta"):                                  # shapes alone: 675M initial weights cost time
+        model = network_of(**config)
+    wanted = model.state_dict()
+    gammas = {name: torch.ones(wanted[name].shape) for name in wanted
+              if "gamma" in name and name not in tensors}
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}    # some are stored in bfloat16
+    files.load_strict(model, {**gammas, **tensors}, path, "network")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The header
+
+
+def new_header(data, config, settings, command, schedule):
+    """What every checkpoint says of itself: how to build the network again, and where it came from."""
+    rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
+    return {"config": config, "schedule": schedule.name, "latents": data.recipe.latents, "data": data.name,
+            "cut": data.cut, "recipe": data.recipe.name, "classes": data.train.classes,
+            "phase": [0, len(rows) - 2], "rows": rows, "guidance": data.recipe.guidance,
+            "settings": settings, "command": command}
+
+
+def save_checkpoint(path, tensors, header):
+    """Writes {name: tensor} and a JSON header (its fingerprint added) to `path`, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.save_tensors(path, tensors, {**header, "fingerprint": files.fingerprint(tensors)})
+
+
+def rows_of(header, classes, path):
+    """The label-table rows (K + 1,) of `classes`, found by name in a checkpoint's header, "no class" last."""
+    strange = [name for name in classes if name not in header["classes"]]
+    if strange:
+        raise UserError(f"{path} knows the {len(header['classes'])} classes of {header['data']}, "
+                        f"but not {strange[0]}")
+    *rows, none = header["rows"]
+    row = dict(zip(header["classes"], rows, strict=True))
+    return [*(row[name] for name in classes), none]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Running again: the same settings are finished, others are refused
 
 
 def check_settings(found, wanted, path):
@@ -9,3 +118,16 @@ def check_settings(found, wanted, path):
     if other:
         raise UserError(f"{path} was made with other settings ({'; '.join(other)}): "
                         f"choose --out ELSEWHERE, or --overwrite to replace it")
+
+
+def finished(path, settings, overwrite):
+    """True where `path` already holds the result of these settings; refuses others' unless `overwrite`.
+
+    What is to be overwritten stays until the new result is whole.
+    """
+    found = files.read_header(path)["settings"] if path.exists() else None
+    if found == settings:
+        print(f"{path} is finished (same settings): left as it is")
+    elif found is not None and not overwrite:
+        check_settings(found, settings, path)
+    return found == settings

@@ -3,34 +3,22 @@
     z     = 0.18215 (mean(x) + exp(logvar(x) / 2) eps)        encode: (3, 256, 256) -> (4, 32, 32)
     x_hat = decoder(z / 0.18215)                              decode; neither half is ever trained here
 
-    python vae.py                        # random weights: count, shapes and times; 10 s on two CPU cores
-    python vae.py PICTURE --vae ema      # there and back: PSNR in dB, and out/vae.png; not measured
-
 A diffusion model of 256-pixel pictures draws 4,096 numbers instead of 196,608. The factor 0.18215 brings them
 to about unit variance, which the noise schedule takes for granted. Two sets of weights are published, "ema"
 and "mse", one encoder with two decoders; Gu et al. 2024 encode with ema and decode with mse.
-
-Writes out/vae.png (picture and reconstruction side by side), and with random weights nothing; for training
-(section 3) a cache of latents beside the data set's results.
 Sources: Rombach et al. 2022 (latent diffusion); weights stabilityai/sd-vae-ft-ema and -mse (MIT licence,
 335 MB each, fetched once).
 """
-import argparse
-import hashlib
 import pathlib
-import time
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm
 
-from nanodd import cli, files, processes
-from nanodd.data import datasets, imageset
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd import files
+from nanodd.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The network
@@ -260,186 +248,10 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
     return autoencoder.eval().requires_grad_(False)
 
 
-def encoder_print(autoencoder):
+def encoder_fingerprint(autoencoder):
     """The fingerprint of what makes latents, and of nothing else.
 
     "ema" and "mse" share their encoder, so that latents kept from the one serve the other.
     """
     return files.fingerprint({name: tensor for name, tensor in autoencoder.state_dict().items()
                         if name.startswith(("encoder.", "quant_conv."))})
-
-
-# ----------------------------------------------------------------------------------------------------
-# 3. Pixels or latents: what the other stages see
-#
-# Training wants `examples`, sampling a `decode`. For pixels they are the pictures and the identity.
-
-
-class Latents(NamedTuple):
-    """A set of encoded pictures, in place of an ImageSet.
-
-    moments: (N, 2, 8, h, w) float16, mean and logvar of each picture and of its mirror image: not one fixed
-    sample of them, for each training step is to draw its own. labels: (N,) int64. classes: K names.
-    """
-    moments: torch.Tensor
-    labels: torch.Tensor
-    classes: list
-
-    def examples(self, index, mirrored, chance):
-        """What the diffusion model learns from: (B, 4, h, w), scaled; mirrored (B,) bool, or None."""
-        side = torch.zeros_like(index) if mirrored is None else mirrored.long()
-        mean, logvar = self.moments[index, side].float().chunk(2, dim=1)    # 2 of (B, 4, h, w)
-        noise = torch.randn(mean.shape, generator=chance, device=mean.device)
-        return draw_latent(mean, logvar, noise)
-
-
-def prepared(data, source, device, skip_broken=False, overwrite=False):
-    """What the diffusion model trains on, on the device: data.train itself, or its Latents.
-
-    Latents are kept in out/NAME/latents-256-(a hash of where the pictures are), a file for each class, and
-    encoded again when its pictures changed (names, sizes, times). A complete cache needs no published
-    autoencoder.
-    Raises UserError where it was made by another one than `source` and is not to be overwritten, or where
-    pictures cannot be read.
-    """
-    train = data.train
-    if not data.recipe.latents:
-        return train.to(device)
-    place = str(train.files[0].parent.parent.resolve()).encode()
-    cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(place).hexdigest()[:8]}")
-    present = train.labels.unique().tolist()
-    cached = {c: cache / f"{train.classes[c]}.safetensors" for c in present}
-    parts = {c: train.pick(train.labels == c) for c in present}
-    wanted = {c: {"pictures": imageset.fingerprint(parts[c], times=True), "pixels": parts[c].size} for c
-              in present}
-    found = {c: cache_header(cached[c]) for c in present}
-    kept = [c for c in present if {key: found[c].get(key) for key in wanted[c]} == wanted[c]
-            and (skip_broken or not found[c]["skipped"])]
-    processes.barrier()                                         # all have looked before anyone writes
-    same = source in PUBLISHED and all(found[c]["source"] == source_name(source) for c in kept)
-    if len(kept) < len(present) or not same:
-        autoencoder = load_autoencoder(source, device)
-        made_by = encoder_print(autoencoder)
-        if any(found[c]["encoder"] != made_by for c in kept):
-            if not overwrite:
-                raise UserError(f"{cache} was made by another autoencoder than --vae {source}: "
-                                "--overwrite encodes anew")
-            kept = []
-    stale = [c for c in present if c not in kept]
-    if stale:
-        print(f"encoding the pictures of {len(stale)} of {len(present)} classes into {cache}, once")
-    mine = stale[processes.rank()::processes.world()]
-    with tqdm(total=sum(len(parts[c].files) for c in mine), disable=processes.rank() > 0 or None, leave=False,
-              unit="picture") as bar:
-        for c in mine:
-            moments = encode_twice(autoencoder, parts[c].read(skip_broken).images, bar)
-            header = {**wanted[c], "source": source_name(source), "encoder": made_by,
-                      "skipped": len(parts[c].files) - len(moments)}
-            files.save_tensors(cached[c], {"moments": moments}, header)
-    processes.barrier()
-    moments = [files.load_tensors(cached[c])["moments"].to(device) for c in present]
-    labels = torch.tensor(present).repeat_interleave(torch.tensor([len(part) for part in moments]))
-    return Latents(torch.cat(moments), labels.to(device), train.classes)
-
-
-def source_name(source):
-    """What records say of an autoencoder: the two published ones share their encoder; of a file its name."""
-    return "published" if source in PUBLISHED else pathlib.Path(source).name
-
-
-def cache_header(path):
-    """What a file of the latent cache says of itself; {} where there is none, or a damaged one."""
-    try:
-        return files.read_header(path)
-    except UserError:
-        return {}
-
-
-def encode_twice(autoencoder, images, bar, chunk=8):
-    """(N, 3, H, W) uint8 -> (N, 2, 8, h, w) float16 on the CPU: mean and logvar, as they are and mirrored.
-
-    bar: a tqdm that counts the pictures.
-    """
-    device, rows = next(autoencoder.parameters()).device, []
-    for part in images.split(chunk):
-        x = imageset.to_float(part.to(device))
-        both = [torch.cat(autoencoder.encode(side), dim=1) for side in (x, x.flip(3))]  # (b, 8, h, w)
-        rows.append(torch.stack(both, dim=1).half().cpu())
-        bar.update(len(part))
-    return torch.cat(rows)
-
-
-def decoder_of(latents, source, device, bf16=False):
-    """(decode, print): decode turns what was drawn into pictures (B, C, H, W) about [-1, 1].
-
-    Latents go through the autoencoder `source`, which print identifies; pixels pass through unchanged.
-    """
-    if not latents:
-        return lambda x: x, None
-    autoencoder = load_autoencoder(source, device, torch.bfloat16 if bf16 else torch.float32)
-    return autoencoder.decode, files.fingerprint(autoencoder.state_dict())
-
-
-# ----------------------------------------------------------------------------------------------------
-# 4. A demonstration
-
-
-def psnr(a, b):
-    """The peak signal-to-noise ratio in dB of two uint8 images: 10 log10(255^2 / mean (a - b)^2).
-
-    Infinite where they are equal.
-    """
-    return (10 * torch.log10(255**2 / (a.double() - b.double()).pow(2).mean())).item()
-
-
-def demonstration_picture(size):
-    """A handwritten digit, enlarged: (3, size, size) uint8."""
-    digit = datasets.load("digits").train.images[:1].expand(-1, 3, -1, -1)  # (1, 3, 8, 8)
-    return F.interpolate(digit, size=(size, size))[0]
-
-
-def main(argv=None):
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("picture", nargs="?", metavar="PICTURE", help="an image file (default: a digit)")
-    parser.add_argument("--vae", metavar="ema|mse|FILE",
-                        help="the weights: published ones, or a .safetensors file (default: random ones)")
-    parser.add_argument("--size", type=int, default=256,
-                        help="pixels to bring the picture to, a multiple of 8 (default: %(default)s)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False,
-                        help="compute in bfloat16: faster where the device has it")
-    cli.add_flags(parser, "device")
-    args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
-        if args.size < 8:
-            raise UserError(f"--size must be at least 8, not {args.size}")
-        if args.picture and not args.vae:
-            raise UserError("--vae is missing (ema, mse or a file): random weights know no pictures")
-        device, dtype = cli.device_named(args.device), torch.bfloat16 if args.bf16 else torch.float32
-        picture = imageset.open_image(args.picture,
-                                      args.size) if args.picture else demonstration_picture(args.size)
-        if args.vae:
-            autoencoder = load_autoencoder(args.vae, device, dtype)
-        else:
-            autoencoder = Autoencoder().to(device, dtype).eval()
-        print(f"device {device} | {sum(p.numel() for p in autoencoder.parameters()):,} parameters | "
-              f"{args.vae or 'random'} weights, {str(dtype).removeprefix('torch.')}")
-
-        start = time.perf_counter()
-        mean, logvar = autoencoder.encode(imageset.to_float(picture)[None].to(device))
-        mean = mean.cpu()                                       # waits for the device
-        encoded = time.perf_counter()
-        # the posterior's middle
-        back = imageset.to_uint8(autoencoder.decode(SCALE * mean.to(device)).cpu())[0]
-        decoded = time.perf_counter()
-        print(f"encode | {tuple(picture.shape)} -> {tuple(mean.shape[1:])} | {encoded - start:.2f} s")
-        print(f"decode | {tuple(mean.shape[1:])} -> {tuple(back.shape)} | {decoded - encoded:.2f} s")
-        if args.vae:
-            imageset.write_png("out/vae.png", torch.cat([picture, back], dim=2))
-            print(f"PSNR {psnr(picture, back):.1f} dB | out/vae.png: the picture, and what came back")
-        else:
-            print("these weights are random and know no pictures; the published ones do:\n"
-                  "-> python vae.py PICTURE --vae ema")
-
-
-if __name__ == "__main__":
-    main()

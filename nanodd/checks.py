@@ -1,0 +1,146 @@
+"""Numbers of the command line that are filled in from the recipe, or refused before anything takes time."""
+import argparse
+import math
+import pathlib
+from dataclasses import replace
+
+from nanodd import processes
+from nanodd.errors import UserError, at_least
+from nanodd.networks import training
+
+# ----------------------------------------------------------------------------------------------------
+# 1. minimax.py
+
+
+def fill_tuning_flags(args, recipe):
+    """Puts the recipe's numbers where no flag was given, and refuses those that make no sense."""
+    args.batch = recipe.tune_batch if args.batch is None else args.batch
+    args.lambda_r = recipe.lambda_r if args.lambda_r is None else args.lambda_r
+    args.lambda_d = recipe.lambda_d if args.lambda_d is None else args.lambda_d
+    at_least(1, steps=args.steps, slots=args.slots, batch=args.batch)
+    processes.batch_share(args.batch)                           # or refuses
+    if not (0 <= args.lambda_r < math.inf and 0 <= args.lambda_d < math.inf):
+        raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
+                        f"and are {args.lambda_r} and {args.lambda_d}")
+
+
+def class_ranges(args, K):
+    """The (first, last) class of each model to be tuned: all K in one, --classes A-B, or --phases of N."""
+    if args.classes is not None and args.phases is not None:
+        raise UserError("--classes makes one phase and --phases all of them: choose one")
+    if args.phases is not None:
+        if args.phases < 1:
+            raise UserError(f"--phases must be at least 1 class, not {args.phases}")
+        return [(first, min(first + args.phases, K) - 1) for first in range(0, K, args.phases)]
+    if args.classes is None:
+        return [(0, K - 1)]
+    first, _, last = args.classes.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < K):
+        raise UserError(f"--classes {args.classes} is no range A-B within 0-{K - 1}")
+    return [(int(first), int(last))]
+
+
+def phases(args, data):
+    """{path of a checkpoint: (first, last)}: the models that minimax.py tunes, and the classes of each."""
+    home, K = args.out or pathlib.Path("out", data.name), len(data.train.classes)
+    ranges = class_ranges(args, K)
+    return {home / ("minimax.safetensors" if (first, last) == (0, K - 1) else
+                    f"minimax-{first}-{last}.safetensors"): (first, last) for first, last in ranges}
+
+
+def tuning_plan(args, run, data, width):
+    """The training.Plan of fine-tuning a network so wide on data.train.
+
+    The steps are those asked for, else the recipe's, else as many whole batches as its epochs hold.
+    Raises UserError where there is no whole batch.
+    """
+    recipe, images = data.recipe, len(data.train.labels)
+    steps = args.steps or recipe.tune_steps or recipe.tune_epochs * (images // args.batch)
+    if steps < 1:
+        raise UserError(f"{images} images make no batch of {args.batch}: lower --batch")
+    return training.Plan(steps=steps, batch=args.batch, lr=recipe.tune_lr, decay=False, ema=recipe.tune_ema,
+                         seed=run.seed, flip=recipe.flip, beta2=recipe.tune_beta2, warm=recipe.tune_warm,
+                         bf16=run.in_bf16(width))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. sample.py
+
+
+def number_or_auto(text):
+    """What --steps takes. Raises argparse.ArgumentTypeError."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a number or auto, not {text}") from error
+
+
+def sampling_flags(args, last):
+    """Refuses numbers that make no sense. Returns (images per class or inf, budget in seconds or inf).
+
+    last: the largest t.
+    """
+    if sum(value is not None for value in (args.ipc, args.seconds, args.minutes)) > 1:
+        raise UserError("--ipc, --seconds and --minutes exclude each other")
+    budget = args.seconds if args.minutes is None else 60 * args.minutes
+    at_least(1, ipc=args.ipc)
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"the budget must be a positive time, not {budget:g} seconds")
+    at_least(1, batch=args.batch)
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
+    if args.eta > 0 and args.sampler != "ddim":
+        raise UserError("--eta belongs to DDIM: DDPM has noise of its own, DPM-Solvers have none")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance must be a number, 0 or more, not {args.guidance}")
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= last:
+        raise UserError(f"--guidance-interval must be LOW HIGH, 0 <= LOW <= HIGH <= {last}, not "
+                        f"{low:g} {high:g}")
+    if args.steps == "auto" and budget is None:
+        raise UserError("--steps auto looks for the best under a budget: add --seconds or --minutes")
+    if budget is None:
+        return args.ipc or 10, math.inf
+    return math.inf, budget
+
+
+def guidance_of(args, header, last):
+    """The keywords of sample.guided that the flags and the checkpoint's header ask for.
+
+    last: the largest t. Raises UserError where flags contradict each other or the checkpoint.
+    """
+    none, channels = header["rows"][-1] < 0, header["config"]["channels"]
+    guidance = (1.0 if none else header["guidance"]) if args.guidance is None else args.guidance
+    if none and guidance != 1:
+        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
+                        f"weights have none: --guidance {guidance:g} cannot be, only 1")
+    if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
+        raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")
+    if args.cfg_channels is not None and guidance == 1:
+        raise UserError("--cfg-channels has nothing to choose with --guidance 1, which is none")
+    if guidance == 1 and tuple(args.guidance_interval) != (0, last):
+        raise UserError("--guidance-interval has nothing to limit with --guidance 1, which is none")
+    return {"guidance": guidance, "channels": args.cfg_channels, "interval": tuple(args.guidance_interval)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. train_eval.py
+
+
+def judging_recipe(args, recipe, classes, families):
+    """The recipe with what the flags replace of it; refuses numbers, protocols and families that cannot be.
+
+    families: the names that --augment knows.
+    """
+    at_least(1, ipc=args.ipc, runs=args.runs, epochs=args.epochs, size=args.size)
+    at_least(0, pda=args.pda)
+    flags = {"protocol": args.protocol, "net": args.net, "judge_size": args.size, "augment": args.augment}
+    recipe = replace(recipe, **{name: value for name, value in flags.items() if value})
+    if recipe.protocol == "gu" and classes > 100:
+        raise UserError("the protocol gu is for up to 100 classes: ImageNet-1K was judged by another (RDED), "
+                        "which is not here")
+    if args.augment and (recipe.protocol != "short" or set(recipe.augment.split("_")) - set(families)):
+        raise UserError(f"--augment joins families of the protocol short by _: {'_'.join(families)}")
+    return recipe

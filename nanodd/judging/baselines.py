@@ -1,0 +1,290 @@
+"""Selections of real images, which a distilled set is compared with; what the rows of a table say together.
+
+    HLR = acc(all real images) - acc(the set)          IOR = acc(the set) - acc(as many random real images)
+
+Sources: Welling 2009 (herding), Sener & Savarese 2018 (k-center), Li et al. 2025 (DD-Ranking: HLR and IOR),
+the first dataset distillation challenge (ECCV 2024: the score).
+"""
+import json
+import math
+import os
+import pathlib
+import statistics
+
+import torch
+from sklearn.cluster import KMeans
+
+from nanodd.data import imageset
+from nanodd.errors import UserError
+from nanodd.judging import augment
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Selections: ipc images a class, out of the real ones
+#
+# A selector is (train, ipc, features (N, F), rng, skip_broken) -> ImageSet. Of image files only those that
+# were chosen are read; k-means reads one class at a time.
+
+
+def class_indices(images, c, ipc, name="the real set"):
+    """Positions of the images of class c, (n,). Raises UserError where there are fewer than ipc."""
+    indices = (images.labels == c).nonzero().squeeze(1)                     # (n,)
+    if len(indices) < ipc:
+        raise UserError(f"{name} has {len(indices)} images of the class {images.classes[c]}, "
+                        f"fewer than --ipc {ipc}")
+    return indices
+
+
+def per_class(choose):
+    """A selector from choose(features (n, F), ipc, rng) -> (ipc,) positions, which sees one class."""
+    def select(train, ipc, features, rng, skip_broken=False):
+        chosen = []
+        for c in range(len(train.classes)):
+            indices = class_indices(train, c, ipc)                          # (n,)
+            chosen.append(indices[choose(features[indices], ipc, rng).to(indices.device)])
+        selected = train.pick(torch.cat(chosen)).read(skip_broken)
+        if len(selected.labels) == ipc * len(train.classes):
+            return selected
+        readable = train.read(skip_broken)                      # a chosen file is broken: choose anew
+        return select(readable, ipc, readable.labels, rng)
+    return select
+
+
+def choose_random(features, ipc, rng):
+    """ipc of n at random."""
+    return torch.randperm(len(features), generator=rng)[:ipc]
+
+
+def choose_herding(features, ipc, rng):
+    """Greedily keeps the mean of the chosen close to the mean of all (Welling 2009): (n, F) -> (ipc,)."""
+    mean, total, chosen = features.mean(dim=0), torch.zeros_like(features[0]), []
+    for k in range(ipc):
+        distance = ((total + features) / (k + 1) - mean).norm(dim=1)        # (n,)
+        distance[chosen] = math.inf
+        chosen.append(int(distance.argmin()))
+        total = total + features[chosen[-1]]
+    return torch.tensor(chosen)
+
+
+def choose_kcenter(features, ipc, rng):
+    """Greedily takes the point farthest from all chosen (Sener & Savarese 2018), the most central first."""
+    chosen = [int((features - features.mean(dim=0)).norm(dim=1).argmin())]
+    nearest = (features - features[chosen[0]]).norm(dim=1)                  # (n,)
+    while len(chosen) < ipc:
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (features - features[chosen[-1]]).norm(dim=1))
+    return torch.tensor(chosen)
+
+
+def kmeans(train, ipc, features, rng, skip_broken=False):
+    """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
+    images = []
+    for c in range(len(train.classes)):
+        one = train.pick(train.labels == c).read(skip_broken)
+        pixels = one.images[class_indices(one, c, ipc)].flatten(1)          # (n, C H W)
+        seed = int(torch.randint(2**31, (), generator=rng))
+        centroids = KMeans(ipc, n_init=3, random_state=seed).fit(pixels.cpu().double().numpy())
+        centroids = torch.from_numpy(centroids.cluster_centers_)            # (ipc, C H W)
+        images.append(centroids.round().to(torch.uint8).view(ipc, *one.images.shape[1:]))
+    labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
+    return imageset.ImageSet(torch.cat(images), labels, train.classes)
+
+
+SELECTORS = {"random": per_class(choose_random), "herding": per_class(choose_herding),
+             "kcenter": per_class(choose_kcenter), "kmeans": kmeans}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Training sets by their names
+
+
+def read_distilled(path, data, skip_broken=False):
+    """A distilled folder or .npz, at the size of data.train."""
+    recipe = data.recipe
+    return imageset.read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
+                             data.train.classes, skip_broken)
+
+
+def first_per_class(images, ipc, name="the real set"):
+    """The first ipc images of each class: a smaller distilled set is the beginning of a larger one.
+
+    Raises UserError where a class has fewer.
+    """
+    return images.pick(torch.cat([class_indices(images, c, ipc, name)[:ipc]
+                                  for c in range(len(images.classes))]))
+
+
+class Pool:
+    """Where training sets come from: the real training images, and distilled sets, each read once.
+
+    device: where training sets go, and data.train is, if it is an ImageSet.
+    """
+
+    def __init__(self, data, device, skip_broken=False):
+        self.data, self.device, self.skip_broken = data, device, skip_broken
+        self.distilled_sets, self.embedded = {}, None
+
+    def distilled(self, path):
+        """The ImageSet of a distilled folder or .npz."""
+        if path not in self.distilled_sets:
+            self.distilled_sets[path] = read_distilled(path, self.data, self.skip_broken)
+        return self.distilled_sets[path]
+
+    def select(self, name, ipc, rng, embed):
+        """An ImageSet that `name` chose. embed: ImageSet -> (N, F), called once, for herding or k-center."""
+        if name in ("random", "kmeans"):                        # they look at no features
+            return SELECTORS[name](self.data.train, ipc, self.data.train.labels, rng, self.skip_broken)
+        if self.embedded is None:
+            images = self.data.train.read(self.skip_broken).to(self.device)
+            self.embedded = images, embed(images)
+        images, features = self.embedded
+        return SELECTORS[name](images, ipc, features, rng, self.skip_broken)
+
+    def training_set(self, source, ipc, rng, embed):
+        """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
+
+        ipc: images a class; None: all that a distilled set has. rng: a generator on the CPU. embed: see
+        select. Raises UserError where a class has too few images.
+        """
+        parts = []
+        for name in source.split("+"):
+            if name == "full":
+                part = self.data.train.read(self.skip_broken)
+            elif name in SELECTORS:
+                part = self.select(name, ipc, rng, embed)
+            else:
+                part = self.distilled(name)
+                part = part if ipc is None else first_per_class(part, ipc, name)
+            parts.append(part.to(self.device))
+        if len(parts) == 1:
+            return parts[0]
+        return imageset.ImageSet(torch.cat([part.images for part in parts]),
+                                 torch.cat([part.labels for part in parts]), self.data.train.classes)
+
+    def training_sets(self, source, ipc, pda, seeds, embed):
+        """A training set for each seed, with `pda` augmented copies of each image.
+
+        A single one, where the source is not drawn at random: all judges of a row train on it.
+        """
+        drawn, sets = any(name in ("random", "kmeans") for name in source.split("+")), []
+        for seed in seeds if drawn else seeds[:1]:
+            rng = torch.Generator().manual_seed(seed)
+            images = self.training_set(source, ipc, rng, embed)
+            sets.append(augment.with_copies(images, pda, self.data.recipe, rng) if pda else images)
+        return sets
+
+
+def plan_rows(sources, pda, ipc, pool, home, always, remedy):
+    """What the rows of a table are trained on: ([(source, augmented copies)], images per class).
+
+    sources: as typed; "distilled" becomes its path in `home`. pda: copies of each of their images. ipc: None
+    takes as many images as the smallest class of the first distilled set has, or 10. always: the sources that
+    are added, without copies. remedy: what a user without a distilled set is told to do.
+    Raises UserError, before anything is trained, where a set is not there or a class has too few images.
+    """
+    made = next((home / kind for kind in ("distilled", "distilled.npz") if (home / kind).exists()), None)
+    rows = []
+    for source in sources or ["distilled"]:
+        parts = source.split("+")
+        if "distilled" in parts and made is None:
+            raise UserError(f"there is no {home / 'distilled'}: {remedy}")
+        for k, part in enumerate(parts):
+            if part in SELECTORS or part == "full":
+                continue
+            parts[k] = part = os.path.relpath(made if part == "distilled" else part)
+            if not os.path.exists(part):
+                raise UserError(f"there is no {part}: a SOURCE is a folder, an .npz, distilled, full or "
+                                f"one of {', '.join(SELECTORS)}")
+            ipc = ipc or int(pool.distilled(part).labels.bincount().min())
+            first_per_class(pool.distilled(part), ipc, part)    # raises now where there are too few
+        rows.append(("+".join(parts), pda))
+    ipc, train = ipc or 10, pool.data.train
+    if any(part in SELECTORS for source in sources for part in source.split("+")):
+        first_per_class(train, ipc)
+    fewest = int(train.labels.bincount().min())
+    if ipc > fewest:
+        print(f"a class has only {fewest} real images: no row of {ipc} real ones a class")
+        always = [name for name in always if name not in SELECTORS]
+    return rows + [(name, 0) for name in always if (name, 0) not in rows], ipc
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Scores: what rows say together
+
+
+def hlr_ior(own, full, random):
+    """Hard label recovery and improvement over random, as fractions, of three mean accuracies in percent.
+
+    A lower HLR is better, and a higher IOR. Both are DD-Ranking's (Li et al. 2025), whose formulas want
+    fractions; its code 0.2.0 gives them percent. Copies (--pda) count as part of the set: the random images
+    have none.
+    """
+    return round((full - own) / 100, 6), round((own - random) / 100, 6)
+
+
+def score_rows(rows):
+    """HLR and IOR of each of the rows, if among them are a full one and a random one of its size.
+
+    Returns rows for results.jsonl too, which "kind": "scores" tells from the judges'.
+    """
+    plain = {row["train"]: row for row in rows if not row["pda"]}
+    full, random = plain.get("full"), plain.get("random")
+    scores = []
+    for row in rows if full and random else []:
+        if row not in (full, random) and row["ipc"] == random["ipc"]:
+            hlr, ior = hlr_ior(row["mean"], full["mean"], random["mean"])
+            facts = {key: row[key] for key in ("data", "cut", "train", "ipc", "protocol")}
+            scores.append({"kind": "scores", **facts, "hlr": hlr, "ior": ior})
+    return scores
+
+
+CHALLENGE = {"cifar100": 32, "tiny-imagenet": 64}               # the challenge's data sets and their sizes
+
+
+def challenge_score(rows):
+    """The challenge's score, percent: the mean over its data sets of a distilled set's accuracy.
+
+    rows: of results.jsonl, of which a data set's last exact one counts: its own recipe and judges, three or
+    more, after all 1,001 epochs in float32, on the test split. None as long as a data set has no such row.
+    """
+    means = {}
+    for row in rows:
+        exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
+                 and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
+                 and row.get("recipe") == row["data"] and "bf16" not in row["device"])
+        if exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
+            means[row["data"]] = row["mean"]
+    return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
+
+
+def print_challenge_score(log, name):
+    """Prints the score, where it is complete. log: the results.jsonl of the data set `name`.
+
+    The other data set's is at the same place, out/tiny-imagenet/X for out/cifar100/X.
+    """
+    before, found, after = str(log).rpartition(name)
+    logs = [pathlib.Path(before + other + after) for other in CHALLENGE if found and name in CHALLENGE]
+    score = challenge_score([row for path in logs for row in read_rows(path)])
+    if score is not None:
+        print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")
+
+
+def read_rows(path):
+    """The rows of a results.jsonl, none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_row(path, row, command):
+    """Adds a row, and the command that made it, to a results.jsonl."""
+    with open(path, "a") as file:
+        file.write(json.dumps({**row, "command": command}) + "\n")
+
+
+TABLE_HEADER = f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds"
+
+
+def table_line(row):
+    """A row of judges, as it is printed below the header."""
+    spread = f"+- {row['std']:.2f}" if row["std"] is not None else "       "
+    return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | "
+            f"{row['mean']:6.2f} {spread:7} ({row['runs']}) | "
+            f"{row['best']:6.2f} | {row['epochs']:6} | {row['seconds']:6.1f}")

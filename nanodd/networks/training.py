@@ -1,0 +1,238 @@
+"""What stands around a training loop: which images a step sees, optimizer, averaged weights, resuming, log.
+
+The loops themselves are diffusion.train and minimax.tune. Each is a generator that yields after every
+optimizer step, and `fit` runs it to its end: between two yields all state is consistent and can be saved.
+"""
+import functools
+import json
+import math
+import pathlib
+import time
+from typing import NamedTuple
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from nanodd import files, processes
+from nanodd.errors import UserError
+from nanodd.networks import checkpoint
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Which images a step sees
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    """A permutation of 0..n-1, a function of (seed, epoch)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32))
+
+
+@functools.lru_cache(maxsize=1)
+def batch_index(n, batch, step, seed):
+    """Which images step number `step` sees: (batch,) of 0..n-1, each image once an epoch."""
+    first = step * batch
+    epochs = range(first // n, (first + batch - 1) // n + 1)
+    stream = torch.cat([shuffled(n, seed, epoch) for epoch in epochs])
+    return stream[first - epochs[0] * n:][:batch]
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The optimizer and the averaged weights
+
+
+class Plan(NamedTuple):
+    """How a network is trained: all numbers but those of the network and the data."""
+    steps: int
+    batch: int                # images a step, of all processes together
+    lr: float                 # AdamW's peak learning rate
+    decay: bool               # True: warm-up, then half a cosine to zero; False: constant, after lr_warm
+    ema: float                # decay of the averaged weights
+    seed: int
+    flip: bool                # whether training images are mirrored at random
+    beta2: float = 0.99       # AdamW's; in short runs the second moment must catch up with the gradients
+    beta1: float = 0.9
+    weight_decay: float = 0.
+    lr_warm: int = 0          # steps of a linear warm-up before a constant rate
+    warm: bool = True         # whether the averaging warms up
+    # bfloat16 products under autocast, where Gu et al. had float32 (TF32); trained weights stay float32
+    bf16: bool = False
+
+    def lr_at(self, step):
+        """Constant after lr_warm steps; or a warm-up over the first twentieth, then half a cosine."""
+        if not self.decay:
+            return self.lr * min(1.0, (step + 1) / max(1, self.lr_warm))
+        warm = max(1, self.steps // 20)
+        rest = max(0.0, (step - warm) / max(1, self.steps - warm))
+        return self.lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def by_recipe(recipe):
+    """(network size, {field of Plan: number}) of a base model, as the recipe of its data has them."""
+    return recipe.network, {"steps": recipe.steps, "batch": recipe.batch, "lr": recipe.lr, "ema": recipe.ema,
+                            "decay": True}
+
+
+def ema_decay(step, decay):
+    """The average spans about a tenth of the steps so far, until `decay` is reached (.99: from step 890)."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def ema_update(average, weights, decay):
+    """average <- decay * average + (1 - decay) * weights, in place, over two dicts of the same tensors."""
+    torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], 1 - decay)
+
+
+class Trainer:
+    """Everything that an optimizer step changes: the trainable weights, their average, the optimizer.
+
+    model: on its device; what requires a gradient is trained. Under torchrun gradients are averaged over the
+    processes. Raises UserError where plan.batch does not divide over the processes.
+    """
+
+    def __init__(self, model, plan):
+        processes.batch_share(plan.batch)                       # or refuses
+        self.model, self.plan = model.train(), plan
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trainable.items()}
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=plan.lr,
+                                           betas=(plan.beta1, plan.beta2), weight_decay=plan.weight_decay,
+                                           fused=True)
+        if plan.bf16:                                           # cast the frozen weights once, as autocast
+            for p in model.parameters():                        # would in each step; positions are but added
+                if not p.requires_grad and p is not model.pos_embed:
+                    p.data = p.data.bfloat16()
+        self.network = model if processes.world() == 1 else DistributedDataParallel(model)
+
+    def predict(self, x, t, y):
+        """The network on float32 images, with a float32 output, whatever the precision in between."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.plan.bf16):
+            return self.network(x, t, y).float()
+
+    def update(self, loss, step):
+        """One AdamW step down the gradient of `loss`; then the average follows the weights."""
+        plan = self.plan
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr_at(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        ema_update(self.ema, self.trainable, ema_decay(step, plan.ema) if plan.warm else plan.ema)
+
+    def state_dict(self):
+        return {"tuned": {name: p.detach() for name, p in self.trainable.items()}, "average": self.ema,
+                "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for tensors, saved in ((self.trainable, state["tuned"]), (self.ema, state["average"])):
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Running a loop to its end
+
+
+def fit(trainer, loop, path, header, overwrite=False, memories=None):
+    """Runs a training loop to the plan's end and writes the averaged weights to `path`; resumes.
+
+    loop: start=k -> a generator that makes the optimizer steps from number k on, and yields {name: scalar
+    tensor} after each. memories: what else the loop changes (state_dict, load_state_dict), or None.
+    NAME.resume.pt holds what resuming needs until the end, NAME.log.jsonl the losses (means since the line
+    before). Raises UserError where a loss is not finite, and removes the state of that run.
+    """
+    path, steps = pathlib.Path(path), trainer.plan.steps
+    path.parent.mkdir(parents=True, exist_ok=True)
+    resume = path.with_suffix(".resume.pt")
+    start, seconds, log = restored(trainer, memories, resume, header["settings"], overwrite)
+    log = Log(path, steps, start, seconds, log)
+    saved, save_cost = time.monotonic(), 0.0
+    with tqdm(total=steps, initial=start, disable=processes.rank() > 0 or None, leave=False,
+              unit="step") as bar:
+        for done, losses in enumerate(loop(start=start), start + 1):
+            log.add(losses)
+            bar.update()
+            now = time.monotonic()
+            line_due = done % log.every == 0 or done == steps
+            save_due = done < steps and now - saved > max(files.SAVE_EVERY, 20 * save_cost)
+            save_due = save_due and processes.rank() == 0
+            if line_due or save_due:
+                if not log.is_finite(line_due):
+                    resume.unlink(missing_ok=True)
+                    raise UserError(
+                        f"the loss is not finite between steps {max(0, done - log.every)} and {done}: "
+                        "lower the recipe's learning rate (nanodd/recipes.py), or the lambdas; "
+                        f"{path} is untouched")
+            if line_due:
+                bar.write(log.line(done, now))
+            if save_due:
+                state = {**trainer.state_dict(), "extra": memories and memories.state_dict()}
+                files.save_state(resume, {"step": done, "seconds": now - log.began,
+                                          "settings": header["settings"], "sums": log.sums,
+                                          "log": log.lines, "trainer": state})
+                saved = time.monotonic()
+                save_cost = saved - now
+    if processes.rank() == 0:
+        tensors = trainer.ema if "base" in header else {**trainer.model.state_dict(), **trainer.ema}
+        checkpoint.save_checkpoint(path, tensors, {**header, "step": steps})
+        resume.unlink(missing_ok=True)
+    processes.barrier()                                         # nobody looks for the file before it is there
+
+
+def restored(trainer, memories, resume, settings, overwrite):
+    """Brings the trainer to where the run in the file `resume` stopped: (step, seconds, (sums, lines)).
+
+    From the start where there is no such file. Raises UserError where that run had other settings and is not
+    to be overwritten.
+    """
+    nothing = 0, 0.0, ({}, [])
+    if not resume.exists():
+        return nothing
+    device = next(trainer.model.parameters()).device
+    state = torch.load(resume, map_location=device, weights_only=True)
+    if state["settings"] != settings:
+        if not overwrite:
+            checkpoint.check_settings(state["settings"], settings, resume)
+        return nothing
+    trainer.load_state_dict(state["trainer"])
+    if memories is not None:
+        memories.load_state_dict(state["trainer"]["extra"])
+    print(f"going on from step {state['step']}")
+    return state["step"], state["seconds"], (state["sums"], state["log"])
+
+
+class Log:
+    """Means of the losses over a tenth of the steps each: a line on the screen, and one in NAME.log.jsonl."""
+
+    def __init__(self, path, steps, start, seconds, before):
+        self.path, self.steps, self.start, self.seconds = path, steps, start, seconds
+        self.sums, self.lines = before
+        self.every, self.began = max(1, steps // 10), time.monotonic() - seconds
+
+    def add(self, losses):
+        """Adds a step's {name: scalar tensor} to the sums, without waiting for a GPU."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def is_finite(self, line_due):
+        """Whether all sums are finite; before a line, of all processes."""
+        if line_due and processes.world() > 1:
+            self.sums = processes.all_reduce_mean(self.sums)
+        return all(math.isfinite(float(value)) for value in self.sums.values())
+
+    def line(self, done, now):
+        """Writes the entry of the last steps to the file, and returns the line for the screen."""
+        count = done % self.every or self.every
+        means = {name: float(value) / count for name, value in self.sums.items()}
+        self.lines.append({"step": done, **means, "seconds": now - self.began})
+        self.sums = {}
+        if processes.rank() == 0:
+            with files.atomic_write(self.path.with_suffix(".log.jsonl")) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.lines))
+        speed = (done - self.start) / (now - self.began - self.seconds)
+        return (f"step {done}/{self.steps} | "
+                + " | ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+                + f" | {speed:.1f} it/s | eta {(self.steps - done) / speed:.0f}s")

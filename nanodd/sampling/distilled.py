@@ -1,0 +1,288 @@
+"""The distilled set on disk, filled block by block until an image count or a budget of seconds is reached.
+
+Image number p is of class p mod K, index p div K: rounds of one image a class, so that the set is balanced
+wherever it stops. A block is `batch` numbers in a row (the last may be shorter), drawn as one batch; a block
+that was not finished is drawn again from its first image.
+"""
+import itertools
+import json
+import math
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from nanodd import files, processes
+from nanodd.data import imageset
+from nanodd.errors import UserError
+from nanodd.networks import checkpoint
+
+clock = time.monotonic        # seconds; a test puts its own in this place, so that no machine is too slow
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Blocks, and the two ways to store them
+
+
+def block(number, batch, classes, total=math.inf):
+    """The (label, index) of each image in block `number`, of `total` images in all; empty behind the last."""
+    first, last = number * batch, min((number + 1) * batch, total)
+    return [(p % classes, p // classes) for p in range(first, last)] if first < last else []
+
+
+def waves(batch, classes, total):
+    """The blocks of one wave after the other: a list of one block for each process."""
+    for first in itertools.count(step=processes.world()):
+        blocks = [block(first + rank, batch, classes, total) for rank in range(processes.world())]
+        if not blocks[0]:
+            return
+        yield blocks
+
+
+class PngFolder:
+    """distilled/<class>/00000.png ...: torchvision's ImageFolder, and what any image viewer shows."""
+    FINALISE = 0               # how long `finalise` takes, in units of all writing before
+
+    def __init__(self, out, classes):
+        self.path, self.classes = out / "distilled", classes
+
+    def file(self, label, index):
+        return self.path / self.classes[label] / f"{index:05}.png"
+
+    def contains(self, items):
+        return all(self.file(*item).is_file() for item in items)
+
+    def is_resumable(self):
+        return self.path.exists()
+
+    def is_complete(self, ipc):
+        return self.contains(block(0, ipc * len(self.classes), len(self.classes)))
+
+    def write(self, items, images):
+        with ThreadPoolExecutor() as pool:                      # packing a 256-pixel PNG takes 10 ms
+            list(pool.map(imageset.write_png, [self.file(*item) for item in items], images))
+
+    def finalise(self, items):
+        """Removes all images but `items`: the round that a budget cut off."""
+        for extra in set(self.path.glob("*/*.png")) - {self.file(*item) for item in items}:
+            extra.unlink()
+
+    def remove_parts(self):
+        """There are none."""
+
+    def images(self, items):
+        return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
+
+    def remove(self):
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+
+class NpzFile:
+    """distilled.npz (images, labels, classes), for sets too large for a file per image.
+
+    Each block is a file in distilled.npz.parts until all are drawn and joined; distilled.json says whether
+    they are.
+    """
+    FINALISE = 8               # 6 were measured, on 200,000 images of 32 pixels; writing alone fills a cache
+
+    def __init__(self, out, classes):
+        self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
+
+    def part(self, items):
+        label, index = items[0]
+        return self.parts / f"{index * len(self.classes) + label:09}.npy"
+
+    def contains(self, items):
+        part = self.part(items)
+        return part.is_file() and len(np.load(part, mmap_mode="r")) == len(items)
+
+    def is_resumable(self):
+        return self.parts.exists()
+
+    def is_complete(self, ipc):
+        return self.path.is_file()
+
+    def write(self, items, images):
+        with files.atomic_write(self.part(items)) as temporary, open(temporary, "wb") as file:
+            np.save(file, images.numpy())
+
+    def finalise(self, items):
+        """Joins the blocks, in the order of the images, and cuts off what is behind `items`."""
+        images = np.concatenate([np.load(part) for part in sorted(self.parts.glob("*.npy"))])[:len(items)]
+        with files.atomic_write(self.path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
+
+    def remove_parts(self):
+        """Removes the blocks' files. Renames their folder first: half of them would be taken for all."""
+        old = self.parts.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.parts.exists():
+            self.parts.rename(old)
+            shutil.rmtree(old)
+
+    def images(self, items):
+        with np.load(self.path) as arrays:
+            positions = [index * len(self.classes) + label for label, index in items]
+            return torch.from_numpy(arrays["images"][positions])
+
+    def remove(self):
+        self.remove_parts()
+        self.path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Filling a store, to a number of images or to the end of a budget
+
+
+class TooShort(UserError):
+    """A budget that holds no image of some class."""
+
+
+def fill(draw, store, record, total, budget, batch, save):
+    """Draws block after block into `store`, until `total` images exist or `budget` seconds are over.
+
+    A block starts only if the longest block so far, and joining all of them, would still fit into the budget:
+    what a block takes longer than all before it comes on top. Of many processes each draws one block of every
+    wave, and all stop after the same wave. The first block of a process takes longer, for it warms up: its
+    time is forgotten once there is a second.
+    draw: items -> (n, C, H, W) uint8. record: what is written to distilled.json; its "seconds" (wall clock
+    from the first batch to the last file on disk) are added up over resumed runs, as are the seconds of the
+    "longest" block and of all "writing". save: writes the record.
+    Returns the (label, index) of the images of all complete rounds; all others are removed. Raises UserError
+    where the budget holds no round (TooShort), or was spent before.
+    """
+    known = longest = record.get("longest", 0.0)
+    if record["seconds"] - known > budget:                      # the last block may have gone beyond it
+        raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
+                        f"{budget:g}: raise it, or choose --out ELSEWHERE")
+    K, done, wave, drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
+    began, quiet = clock() - record["seconds"], True if processes.rank() else None
+    with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
+        for blocks in waves(batch, K, total):
+            own = blocks[processes.rank()]                      # empty on the last processes of the last wave
+            needed = bool(own) and not store.contains(own)
+            if processes.max_over_processes(needed):
+                started = clock()
+                end = started - began + longest + store.FINALISE * writing
+                if processes.max_over_processes(end > budget) and done > 0:
+                    break
+                if needed:
+                    images = draw(own)
+                    writing -= clock()
+                    store.write(own, images)
+                    writing += clock()
+                spent, drawn = processes.max_over_processes(clock() - started), drawn + 1
+                longest = max(known if drawn <= 2 else longest, spent)
+                record.update(seconds=clock() - began, longest=known if drawn == 1 else longest,
+                              writing=writing)
+                save(record)
+            done, wave = done + sum(map(len, blocks)), wave + 1
+            bar.update(sum(map(len, blocks)))
+    if done < K or wave == 1 and processes.max_over_processes(record["seconds"] > budget):
+        raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
+                        f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
+                        "or lower --batch")
+    complete = block(0, done // K * K, K)
+    if processes.rank() == 0:
+        store.finalise(complete)
+    processes.barrier()
+    record["seconds"] = clock() - began
+    return complete
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The set with the record that says what it is
+
+
+class Place:
+    """A distilled set in the folder `out`: its images, distilled.json and the contact sheet distilled.png."""
+
+    def __init__(self, out, classes, npz=False):
+        self.out, self.classes = out, classes
+        self.stores = PngFolder(out, classes), NpzFile(out, classes)
+        self.store = self.stores[npz]
+        self.path, self.sheet = self.store.path, out / "distilled.png"
+        self.record_path, self.record = out / "distilled.json", None
+
+    def open(self, fresh, overwrite):
+        """Reads the record, or takes the dict `fresh` for it where there is none or it may be overwritten."""
+        self.record = processes.on_first_process(
+            lambda: open_record(self.record_path, fresh, self.stores, overwrite))
+
+    def overwrite(self):
+        """Removes the set and its record."""
+        processes.on_first_process(lambda: remove_set(self.record_path, self.stores))
+
+    def holds(self, ipc, budget):
+        """Whether the set is finished, with so many images a class or under so long a budget."""
+        enough = self.record["ipc"] >= ipc or self.record["budget"] >= budget
+        complete = processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
+        if enough and complete:
+            processes.on_first_process(self.store.remove_parts)  # a stopped run may have left them
+        return enough and complete
+
+    def save(self, record):
+        if processes.rank() == 0:
+            with files.atomic_write(self.record_path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def fill(self, draw, ipc, budget, batch, command):
+        """Draws what is missing, and finishes record and contact sheet; returns the number of images.
+
+        Arguments as `fill` has them, but ipc: images a class. command: as typed, for the record.
+        """
+        record, K = self.record, len(self.classes)
+        if not processes.on_first_process(self.store.is_resumable):  # no block yet, or all were joined
+            record.update(seconds=0.0, longest=0.0, writing=0.0)
+        record.update(command=command, ipc=0, budget=0.0)       # unfinished, until the end
+        self.save(record)
+        items = fill(draw, self.store, record, ipc * K, budget, batch, self.save)
+        record.update(ipc=len(items) // K, budget=0.0 if math.isinf(budget) else budget)
+        columns = min(10, record["ipc"])
+        shown = [(label, index) for label in range(min(20, K)) for index in range(columns)]
+        if processes.rank() == 0:
+            contact_sheet(self.store.images(shown), columns, self.sheet)
+            self.save(record)                                   # it is finished from here on
+            self.store.remove_parts()
+        return len(items)
+
+
+def contact_sheet(images, columns, path):
+    """images (rows * columns, C, H, W) uint8 -> one picture, enlarged to be seen: a row for each class."""
+    zoom = max(1, 40 // images.shape[-1])
+    sheet = make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
+    imageset.write_png(path, sheet)
+
+
+def open_record(path, fresh, stores, overwrite):
+    """The record in distilled.json to resume, or `fresh` where there is none or it may be overwritten.
+
+    Raises UserError where other settings made it, or where there are images without a record.
+    """
+    if not path.is_file():
+        for store in stores:
+            if store.path.exists():
+                raise UserError(f"{store.path} is there, but no {path.name} says what it is: "
+                                "choose --out ELSEWHERE, or remove it")
+        return fresh
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): choose --out ELSEWHERE, or remove it") from error
+    if record.get("settings") == fresh["settings"]:
+        return record
+    if not overwrite:
+        checkpoint.check_settings(record.get("settings", {}), fresh["settings"], path)
+    remove_set(path, stores)
+    return fresh
+
+
+def remove_set(path, stores):
+    """Removes a set and the record at `path` that says what it is."""
+    path.unlink(missing_ok=True)
+    for store in stores:
+        store.remove()

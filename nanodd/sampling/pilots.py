@@ -1,0 +1,124 @@
+"""--steps auto: how many steps are best for this budget, on this machine.
+
+Fan et al. 2025 found 10 best for ten minutes of their GPU. Half the steps are twice the images, each worse;
+what is best depends on the machine, the data and the budget. So a small set is drawn in each number of steps,
+a pilot, in a share of the budget, and judges say what its images are worth: classifiers trained from scratch
+on the pilot alone. A pilot is smaller than the set where the budget is long, which favours fewer steps a
+little.
+"""
+import json
+import math
+import platform
+import shutil
+import statistics
+from dataclasses import replace
+
+import torch
+
+from nanodd import cli, files, processes
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError
+from nanodd.judging import baselines
+from nanodd.sampling import distilled
+
+CANDIDATES = (5, 10, 15, 20, 25, 30, 50)                        # Fan et al.'s, Table 3, and 50
+PILOT_SECONDS = 60             # all pilots together may take the budget again, or this where that is shorter
+PILOT_VIEWS, PILOT_JUDGES = 100_000, 2                          # images a pilot's judge sees at most; judges
+
+
+def pilot_share(budget):
+    """The share of the budget (seconds) that each candidate's pilot gets: all of it where that is short."""
+    return min(1.0, max(budget, PILOT_SECONDS) / (len(CANDIDATES) * budget))
+
+
+def named(device):
+    """A device and what kind it is: a decision made on one is not another's."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def judge_of_pilots(args, recipe, device, train_judges, count_epochs):
+    """A function from a pilot's folder to the accuracy of its judges on a fifth of the training images, %.
+
+    The generator learned from that fifth, but no judge sees it, and the test split stays unseen; under
+    --validation it is a fifth of what is left. The mean of PILOT_JUDGES judges of the shortened protocol: at
+    a quarter of its length they favoured small sets, which they see more often.
+    train_judges, count_epochs: train_eval.py's.
+    """
+    data = datasets.load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
+    test = datasets.split(data.train, .2)[1] if args.validation else data.test
+    recipe = replace(data.recipe, protocol="short", views=min(data.recipe.views, PILOT_VIEWS))
+    if isinstance(test, imageset.ImageFiles):
+        test = test._replace(size=recipe.judge_size)
+    data = data._replace(recipe=recipe, test=test.read().to(device))
+    seeds, bf16 = [1000 * args.seed + run for run in range(PILOT_JUDGES)], cli.gains_from_bf16(device)
+
+    def judge(folder):
+        train = baselines.read_distilled(folder, data).to(device)
+        epochs = count_epochs(recipe, len(train.labels), len(train.classes))
+        judges = train_judges([train] * PILOT_JUDGES, data.test, recipe, epochs, seeds, bf16=bf16)
+        return statistics.mean(accuracies[-1] for _, accuracies in judges)
+    return judge
+
+
+def choose_steps(draw_in, judge, place, settings, budget, run):
+    """The candidate whose pilot made the best judges; the table of the decision is written to steps.json.
+
+    draw_in: steps -> what draws a block. judge: () -> (a pilot's folder -> accuracy), called on the first
+    process only. place: distilled.Place of the set. settings: of the set, with steps "auto"; where steps.json
+    has the same ones, the same budget and the same machine, its decision stands. run: cli.Run. The time this
+    takes is not the budget's.
+    Raises UserError where the budget is too short for one image of each class at any number of steps.
+    """
+    if run.overwrite:
+        place.overwrite()
+    settings = {**settings, "budget": budget, "device": named(run.device), "processes": processes.world(),
+                "compile": run.compile}
+    out, path, share = place.out, place.out / "steps.json", pilot_share(budget)
+    found = processes.on_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    if found.get("settings") == settings:
+        print(f"{path} has decided on {found['steps']} steps (same settings)")
+        return found["steps"]
+    if (out / "distilled.json").is_file():
+        raise UserError(f"{out} holds a set already, and no {path.name} says that its steps are the best for "
+                        "this: choose --out ELSEWHERE, or --overwrite")
+    print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
+          "for each pilot, tested on a fifth of the training images")
+    print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
+    store, batch = distilled.PngFolder(out / ".pilots", place.classes), settings["batch"]
+    draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warms up
+    rows = [pilot_row(steps, draw_in(steps), judge, store, batch, share, budget) for steps in CANDIDATES]
+    rows = [row for row in rows if row is not None]
+    processes.on_first_process(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
+    if not rows:
+        raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class, even in "
+                        f"{CANDIDATES[0]} steps; a pilot gets {share:.0%} of it: raise it, or lower --batch")
+    best = max(rows, key=lambda row: row["accuracy"])["steps"]
+    print(f"-> {best} steps; this table is in {path}")
+    if processes.rank() == 0:
+        with files.atomic_write(path) as temporary:
+            temporary.write_text(json.dumps({"settings": settings, "share": share, "rows": rows,
+                                             "steps": best, "command": run.command}, indent=1) + "\n")
+    return best
+
+
+def pilot_row(steps, draw, judge, store, batch, share, budget):
+    """Draws a pilot into `store` in its share of the budget, and has it judged: a row of the table, printed.
+
+    None where its budget holds no image of some class.
+    """
+    processes.on_first_process(store.remove)
+    record = {"classes": store.classes, "seconds": 0.0}
+    try:
+        images = len(distilled.fill(draw, store, record, math.inf, share * budget, batch,
+                                    save=lambda record: None))
+    except distilled.TooShort:
+        print(f"{steps:5} | {share * budget:.3g} s are too short for an image of each class")
+        return None
+    accuracy = processes.on_first_process(lambda: judge()(store.path))
+    row = {"steps": steps, "seconds_per_batch": record["seconds"] * batch / images,
+           "images": int(images / record["seconds"] * budget), "pilot": images, "accuracy": accuracy}
+    print(f"{steps:5} | {row['seconds_per_batch']:9.3f} | {row['images']:20} | "
+          f"{row['images'] // len(store.classes):7} | {images:14} | {accuracy:.2f}")
+    return row

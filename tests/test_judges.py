@@ -1,0 +1,234 @@
+"""Judges train side by side as they would alone, resume where they were killed, and stop at once."""
+import dataclasses
+import functools
+import json
+import math
+import signal
+import threading
+import types
+
+import pytest
+import torch
+
+import convnet
+import train_eval
+from nanodd import files, recipes
+from nanodd.data import datasets
+from nanodd.errors import UserError
+from nanodd.judging import augment, judges
+from train_eval import evaluate, train_judge, train_judges
+
+plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
+GU = dataclasses.replace(plain, protocol="gu")
+challenge = dataclasses.replace(plain, protocol="challenge")
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """Quick judges, for tests of what stands around them."""
+    monkeypatch.setitem(convnet.JUDGES, "convnet3",
+                        ("ConvNetD3-W128", functools.partial(convnet.ConvNet, width=8)))
+
+
+class PulledPlug(BaseException):
+    pass
+
+
+def pull_the_plug(monkeypatch, after):
+    """At the optimizer's step number `after`, counted over all judges, training ends as if it was killed."""
+    steps, real = [], torch.optim.SGD.step
+
+    def step(self, *how):
+        steps.append(1)
+        if len(steps) == after:
+            raise PulledPlug
+        return real(self, *how)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+
+
+def killed(train, monkeypatch, after):
+    """Runs train(), saved at every epoch, up to the optimizer's step number `after`."""
+    with monkeypatch.context() as plug, pytest.raises(PulledPlug):
+        plug.setattr(files, "SAVE_EVERY", 0)
+        pull_the_plug(plug, after)
+        train()
+
+
+@pytest.mark.parametrize("recipe", [plain, challenge, GU], ids=["short", "challenge", "gu"])
+def test_a_judge_resumes_where_it_was_killed_to_the_bit(recipe, monkeypatch, tmp_path):
+    batches_of_20 = train_eval.PROTOCOLS[recipe.protocol]._replace(batch=20)     # four an epoch
+    monkeypatch.setitem(train_eval.PROTOCOLS, recipe.protocol, batches_of_20)
+    few = three_sets()[0]
+
+    def train(folder=None):
+        return train_judge(few, few, recipe, 8, 5, num_evals=4, checkpoint=judges.JudgeCheckpoint(folder))
+    judge, accuracies = train()
+    for after in (13, 23, 30):                                    # of 32; the rate falls after 24, gu: 20, 24
+        folder = tmp_path / str(after)
+        killed(lambda folder=folder: train(folder), monkeypatch, after)
+        state = torch.load(folder / "seed5.pt", weights_only=True)
+        assert state["epoch"] == (after - 1) // 4 - 1
+        again, curve = train(folder)
+        assert curve == accuracies and largest_gap([again], [judge]) == 0
+        done, curve = train(folder)                               # one that is done stays as it is
+        assert curve == accuracies and largest_gap([done], [judge]) == 0
+
+
+def test_a_judge_is_saved_every_ten_seconds_and_at_the_end(monkeypatch, tmp_path):
+    now, saved, step = [0], [], torch.optim.SGD.step
+    monkeypatch.setattr(judges, "clock", lambda: now[0])
+    monkeypatch.setattr(files, "SAVE_EVERY", 10)
+    monkeypatch.setattr(judges.JudgeCheckpoint, "save", lambda self, run, epoch, *_: saved.append(epoch))
+
+    def four_seconds(self, *how):
+        now[0] += 4
+        return step(self, *how)
+    monkeypatch.setattr(torch.optim.SGD, "step", four_seconds)
+    few = three_sets()[0].pick(torch.arange(4))
+    train_judge(few, few, plain, 8, 0, checkpoint=judges.JudgeCheckpoint(tmp_path))
+    assert saved == [2, 5, 7]
+
+
+def test_a_row_resumes_with_its_judges_and_adds_its_seconds_up(monkeypatch, tmp_path):
+    digits, epochs, now = datasets.load("digits"), [], [0]
+    digits = digits._replace(train=digits.train.pick(torch.arange(200)))
+    monkeypatch.setattr(judges, "clock", lambda: now[0])          # stands still
+    row = lambda source="random", **how: evaluate(source, digits, ipc=2, runs=2, seed=3, epochs=6, **how)
+    whole = row()
+    killed(lambda: row(keep=tmp_path / "judges"), monkeypatch, after=9)
+    folder, = (tmp_path / "judges").iterdir()
+    for file in folder.iterdir():                               # as if that had taken a thousand seconds
+        state = torch.load(file, weights_only=True)
+        torch.save({**state, "seconds": 1000}, file)
+        epochs.append(state["epoch"])
+    assert sum(epochs) >= 3
+    other = row("full", keep=tmp_path / "judges")               # another row has a folder of its own
+    assert other["seconds"] == 0 and folder.exists()
+    again = row(keep=tmp_path / "judges")
+    assert again["accuracy"] == whole["accuracy"] and again["seconds"] == 1000
+    assert not folder.exists()
+
+
+def test_one_item_of_the_loop_is_one_epoch_and_it_starts_anywhere():
+    few = three_sets()[0]
+    few = few._replace(images=augment.resized(few.images, 16))
+    run, again = (judges.new_run(convnet.judge, few, plain, 0) for _ in range(2))
+    loop = train_eval.train(run.judge, run.images, plain, 3, run.judge, run.rng, run.cpu_rng)
+    assert [epoch for epoch, _, _ in loop] == [0, 1, 2]
+    _, optimizer, _ = next(train_eval.train(again.judge, again.images, plain, 3, again.judge, again.rng,
+                                            again.cpu_rng))
+    assert largest_gap([run.judge], [again.judge]) > 0
+    for _ in train_eval.train(again.judge, again.images, plain, 3, again.judge, again.rng, again.cpu_rng, 1,
+                              optimizer):
+        pass
+    assert largest_gap([run.judge], [again.judge]) == 0
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def three_sets():
+    train = datasets.load("digits").train
+    return [train.pick(torch.arange(k, k + 70)) for k in (0, 70, 140)]
+
+
+def largest_gap(judges, others):
+    return max(float((p - q).detach().abs().max()) for a, b in zip(judges, others, strict=True)
+               for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_judges_in_threads_are_those_trained_apart_to_the_bit(two_threads):
+    """Trained apart on one thread, that is; two of them add up in another order, and the last bits differ."""
+    trains = three_sets()
+    each = lambda: [train_judge(part, trains[0], plain, 2, seed) for seed, part in enumerate(trains)]
+    at_once, on_two = train_judges(trains, trains[0], plain, 2, range(3)), each()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    apart = each()
+    judges = [[judge for judge, _ in some] for some in (at_once, apart, on_two)]
+    assert largest_gap(judges[0], judges[1]) == 0 and largest_gap(judges[0], judges[2]) < 1e-5
+    assert [curve for _, curve in at_once] == [curve for _, curve in apart]
+
+
+def test_ctrl_c_stops_all_judges_at_their_next_step(two_threads, monkeypatch):
+    """Pressed at the fifth step. From then on each step waits until the judges were told to stop."""
+    steps, stop, step = [], threading.Event(), torch.optim.SGD.step
+
+    def pressed(self, *how):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if len(steps) >= 5:
+            assert stop.wait(60)
+        return step(self, *how)
+    monkeypatch.setattr(torch.optim.SGD, "step", pressed)
+    monkeypatch.setattr(judges, "threading", types.SimpleNamespace(Event=lambda: stop))
+    trains = three_sets()
+    with pytest.raises(KeyboardInterrupt):
+        train_judges(trains, trains[0], plain, 10_000, [0, 1, 2])
+    assert len(steps) in (5, 6) and torch.get_num_threads() == 2  # two judges at a time
+
+
+def test_nothing_compiles_and_the_judges_train_all_the_same(monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("No working C++ compiler found\nand a page of advice")
+    monkeypatch.setattr(torch, "compile", fail)
+    alone(monkeypatch)
+    train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
+    sentence = "--compile does nothing here, as torch.compile fails: No working C++ compiler found\n"
+    assert capsys.readouterr().out.count(sentence) == 1
+    assert [json.loads(line)["runs"] for line in open("out/digits/results.jsonl")] == [2]
+
+
+def alone(monkeypatch):
+    """No row of real images beside the named ones: the full set would take seconds."""
+    monkeypatch.setitem(train_eval.PROTOCOLS, "short", train_eval.PROTOCOLS["short"]._replace(baselines=()))
+
+
+def test_what_compiles_is_trained(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    alone(monkeypatch)
+    train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
+    assert len(compiled) == 1 + 2                                 # a trial and two judges
+
+
+def test_a_judge_whose_loss_is_not_finite_is_no_row(monkeypatch):
+    monkeypatch.setattr(train_eval, "dsa", lambda x, *_: x * math.nan)
+    few = datasets.load("digits").train.pick(torch.arange(8))
+    for seeds in ([0], [0, 1, 2]):                                # alone, and in threads
+        with pytest.raises(UserError, match="not finite in epoch 1"):
+            train_judges([few] * len(seeds), few, plain, 2, seeds)
+
+
+def test_the_augmentation_stays_in_float32(monkeypatch):
+    """Coordinates in bfloat16 would be three quarters of a pixel off at 224 pixels."""
+    seen = []
+
+    def note(x, *_):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return x
+    monkeypatch.setattr(train_eval, "dsa", note)
+    few = datasets.load("digits").train.pick(torch.arange(8))
+    train_judge(few, few, plain, 2, 0, bf16=True)
+    assert seen == [(torch.float32, False)] * 2
+
+
+def test_batch_norm_judges_are_tested_in_their_other_mode():
+    train = datasets.load("digits").train.pick(torch.arange(24))
+    judge, _ = train_judge(train, train, dataclasses.replace(GU, net="timm:test_resnet"), 2, 0)
+    assert not judge.training and judge.net.bn1.num_batches_tracked == 2     # a look lies between them
+    alone, together = (torch.cat([judge(x) for x in augment.normalise(train.images, GU).split(n)])
+                       for n in (1, 24))
+    assert torch.allclose(alone, together, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_judge():
+    few = datasets.load("digits").train.pick(torch.arange(32))
+    one, two = (train_judge(few, few, plain, 2, 5)[0] for _ in range(2))
+    assert largest_gap([one], [two]) == 0
