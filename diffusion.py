@@ -19,6 +19,7 @@ import math
 import pathlib
 from typing import NamedTuple
 
+import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,17 +127,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Rows of a table, y (B,) -> (B, D). The last row means "no class", for classifier-free guidance."""
-
-    def __init__(self, classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); DiffFit's gammas scale qkv and the output."""
 
@@ -210,7 +200,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.pos_embed = nn.Parameter(position_table(self.grid, width), requires_grad=False)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width)
+        # the last row means "no class", for classifier-free guidance
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
         self.blocks = nn.ModuleList(Block(width, heads, difffit and i < DIFFFIT_BLOCKS) for i in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels * (2 if learned_variance else 1))
         # Xavier everywhere, small normal numbers in the embeddings, zeros for adaLN-Zero and the output
@@ -226,7 +217,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed      # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)         # (B, D)
         for block in self.blocks:                                           # (B, N, D)
             x = gradient_checkpoint(block, x, c, use_reentrant=False) if self.recompute else block(x, c)
         x = self.final_layer(x, c)                                          # (B, N, p * p * out)

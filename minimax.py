@@ -19,6 +19,7 @@ import os
 import pathlib
 import shlex
 
+import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
 import torch
 import torch.nn.functional as F
 

@@ -27,6 +27,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
 import torch
 
 from diffusion import Schedule

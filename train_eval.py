@@ -28,6 +28,7 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
+import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -223,7 +224,7 @@ def train_judge(images, test, recipe, epochs, seed, **how):
     return train_judges([images], test, recipe, epochs, [seed], **how)[0]
 
 
-def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=None, skip_broken=False, pda=0,
+def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=None, pda=0,
              compiled=False, keep=None):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
@@ -233,7 +234,7 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=Non
     has the seed 1000 seed + r.
     """
     began, recipe, device = judges.clock(), data.recipe, data.test.images.device
-    pool = pool or baselines.Pool(data, device, skip_broken)
+    pool = pool or baselines.Pool(data, device)
 
     def embed(images):                                          # for herding and k-center: a judge's features
         count = count_epochs(recipe, len(images.labels), len(images.classes))
@@ -297,10 +298,10 @@ def run(args, command):
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
     bf16 = protocol.bf16 and cli.gains_from_bf16(device) if args.bf16 is None else args.bf16
-    home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(data, device, args.skip_broken)
+    home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(data, device)
     planned, ipc = baselines.plan_rows(args.sources, args.pda, args.ipc, pool, home, protocol.baselines,
                                        f"python sample.py --steps 10{cli.data_flags(args)} makes it")
-    data = data._replace(test=test.read(args.skip_broken).to(device))
+    data = data._replace(test=test.read().to(device))
     home.mkdir(parents=True, exist_ok=True)
     runs, log, rows = args.runs or protocol.runs, home / "results.jsonl", []
     print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "

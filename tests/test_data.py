@@ -15,7 +15,7 @@ from nanodd.errors import UserError, exit_on_user_error
 
 
 def test_digits_are_split_once_and_for_all():
-    _, _, train, test, _ = datasets.load("digits")
+    _, _, train, test, *_ = datasets.load("digits")
     assert len(train.labels) == 1257 and len(test.labels) == 540
     assert train.images.dtype == torch.uint8 and train.images.shape[1:] == (1, 8, 8)
     assert train.images.min() == 0 and train.images.max() == 255

@@ -2,6 +2,8 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -31,15 +33,37 @@ def test_the_files_of_the_package_are_short(path):
     assert path.stem not in ("utils", "common", "misc", "helpers")
 
 
+def test_the_six_stages_are_short_and_so_are_all_functions():
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    assert set(lengths) == {"memory", "diffusion", "minimax", "sample", "convnet", "train_eval"}
+    assert max(lengths.values()) <= 340 and sum(lengths.values()) <= 1450
+    for path in [*ROOT.glob("*.py"), *PACKAGE]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 53, f"{path}: {node.name}"
+
+
+def test_stages_import_the_package_before_torch():
+    """nanodd/__init__.py says how the CPU's threads wait; torch looks at it once, when it is imported."""
+    for name in ("diffusion", "minimax", "sample", "train_eval"):
+        text = (ROOT / f"{name}.py").read_text()
+        assert text.index("\nimport nanodd ") < text.index("\nimport torch\n")
+    for given, said in (({}, "500"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {"PYTHONPATH": str(ROOT), **given}
+        code = "import os, nanodd; print(os.environ.get('GOMP_SPINCOUNT'))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == said
+
+
 def test_no_imports_in_a_circle():
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-             for path in [*PACKAGE, *ROOT.glob("*.py")]}
-    graph = {name: {target for target in names for found in imported(path)
-                    if found == target or found.startswith(f"{target}.") and target not in ("nanodd",)
-                    and found.count(".") - target.count(".") == 1 and found not in names}
-             for name, path in names.items()}
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+             for path in [*PACKAGE, *ROOT.glob("*.py")] if path.stem != "__init__"}
+    above = {name: set() for name in paths}                     # which modules each module needs
+    for name, path in paths.items():
+        for found in imported(path):                            # a module, or a name out of one
+            above[name] |= {found, found.rpartition(".")[0]} & set(paths)
     done = set()
-    while len(done) < len(graph):
-        free = {name for name in graph if name not in done and graph[name] <= done}
-        assert free, f"a circle among {sorted(set(graph) - done)}"
+    while len(done) < len(above):
+        free = {name for name in above if name not in done and above[name] <= done}
+        assert free, f"a circle among {sorted(set(above) - done)}"
         done |= free

@@ -43,7 +43,7 @@ def test_the_judge_memorises_ten_images():
 def test_the_judge_is_at_chance_on_shuffled_labels(monkeypatch):
     half = functools.partial(convnet.ConvNet, width=64)           # half as wide, three times as fast
     monkeypatch.setitem(convnet.JUDGES, "convnet3", ("ConvNetD3-W64", half))
-    _, _, train, test, _ = datasets.load("digits")
+    _, _, train, test, *_ = datasets.load("digits")
     labels = train.labels[torch.randperm(200, generator=generator())]
     shuffled = train.pick(torch.arange(200))._replace(labels=labels)
     _, accuracies = train_judge(shuffled, test.pick(torch.arange(300)), plain, epochs=15, seed=0, num_evals=1)

@@ -61,7 +61,7 @@ def cifar(name, root, recipe, skip_broken=False):
     home = home.parent if home.name == source.base_folder else home
     if (home / "train").is_dir():
         listed = imageset.split_folders(home, imageset.test_folder(home), None, 3, title, count)
-        train, test = (part.read(skip_broken) for part in listed)
+        train, test = (part._replace(skip_broken=skip_broken).read() for part in listed)
         for paths, part in zip(listed, (train, test), strict=True):
             if part.images.shape[2:] != (32, 32):               # enlarged ones are another data set
                 raise UserError(f"{paths.files[0]} and those beside it are not 32x32, as {title} is")

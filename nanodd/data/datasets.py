@@ -18,13 +18,14 @@ from nanodd.errors import UserError
 class Data(NamedTuple):
     """name: what out/NAME is called. train, test: ImageSet or ImageFiles; test is for reporting only.
 
-    cut: in words, which images these are.
+    cut: in words, which images these are. skip_broken: whether images that cannot be read are left out.
     """
     name: str
     recipe: recipes.Recipe
     train: imageset.ImageSet | imageset.ImageFiles
     test: imageset.ImageSet | imageset.ImageFiles
     cut: str
+    skip_broken: bool = False
 
 
 def data_name(data, root=None, validation=False):
@@ -81,9 +82,9 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
     train, test = (part._replace(skip_broken=skip_broken) if isinstance(part, imageset.ImageFiles) else part
                    for part in (train, test))
     if not recipe.latents:                                      # pixels are learned from memory
-        train, test = train.read(skip_broken), test.read(skip_broken)
+        train, test = train.read(), test.read()
     cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"
-    return Data(name, recipe, train, test, cut)
+    return Data(name, recipe, train, test, cut, skip_broken)
 
 
 def describe(data):

@@ -40,7 +40,7 @@ class ImageSet(NamedTuple):
     def to(self, device):
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
-    def read(self, skip_broken=False):
+    def read(self):
         """Itself: it was read already."""
         return self
 
@@ -72,7 +72,7 @@ class ImageFiles(NamedTuple):
         """Itself: nothing of it is on a device before it is read."""
         return self
 
-    def read(self, skip_broken=None):
+    def read(self):
         """Decodes all of it, several files at a time: an ImageSet.
 
         Raises UserError, naming the first and counting, where images cannot be read and shall not be skipped.
@@ -85,7 +85,7 @@ class ImageFiles(NamedTuple):
         with ThreadPoolExecutor() as pool:
             images = list(pool.map(attempt, self.files))
         broken = [image for image in images if isinstance(image, UserError)]
-        if broken and not (self.skip_broken if skip_broken is None else skip_broken):
+        if broken and not self.skip_broken:
             raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
                             "--skip-broken leaves them out)")
         for error in broken:
@@ -190,7 +190,7 @@ def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     if path.suffix == ".npz":
         found = read_npz(path, size, channels)
     else:
-        found = list_folder(path, size, channels).read(skip_broken)
+        found = list_folder(path, size, channels)._replace(skip_broken=skip_broken).read()
     classes = list(classes or found.classes)
     check_classes(found.classes, classes, path)
     position = torch.tensor([classes.index(name) for name in found.classes])

@@ -21,7 +21,7 @@ from nanodd.judging import augment
 # ----------------------------------------------------------------------------------------------------
 # 1. Selections: ipc images a class, out of the real ones
 #
-# A selector is (train, ipc, features (N, F), rng, skip_broken) -> ImageSet. Of image files only those that
+# A selector is (train, ipc, features (N, F), rng) -> ImageSet. Of image files only those that
 # were chosen are read; k-means reads one class at a time.
 
 
@@ -36,15 +36,15 @@ def class_indices(images, c, ipc, name="the real set"):
 
 def per_class(choose):
     """A selector from choose(features (n, F), ipc, rng) -> (ipc,) positions, which sees one class."""
-    def select(train, ipc, features, rng, skip_broken=False):
+    def select(train, ipc, features, rng):
         chosen = []
         for c in range(len(train.classes)):
             indices = class_indices(train, c, ipc)                          # (n,)
             chosen.append(indices[choose(features[indices], ipc, rng).to(indices.device)])
-        selected = train.pick(torch.cat(chosen)).read(skip_broken)
+        selected = train.pick(torch.cat(chosen)).read()
         if len(selected.labels) == ipc * len(train.classes):
             return selected
-        readable = train.read(skip_broken)                      # a chosen file is broken: choose anew
+        readable = train.read()                      # a chosen file is broken: choose anew
         return select(readable, ipc, readable.labels, rng)
     return select
 
@@ -75,11 +75,11 @@ def choose_kcenter(features, ipc, rng):
     return torch.tensor(chosen)
 
 
-def kmeans(train, ipc, features, rng, skip_broken=False):
+def kmeans(train, ipc, features, rng):
     """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
     images = []
     for c in range(len(train.classes)):
-        one = train.pick(train.labels == c).read(skip_broken)
+        one = train.pick(train.labels == c).read()
         pixels = one.images[class_indices(one, c, ipc)].flatten(1)          # (n, C H W)
         seed = int(torch.randint(2**31, (), generator=rng))
         centroids = KMeans(ipc, n_init=3, random_state=seed).fit(pixels.cpu().double().numpy())
@@ -97,11 +97,11 @@ SELECTORS = {"random": per_class(choose_random), "herding": per_class(choose_her
 # 2. Training sets by their names
 
 
-def read_distilled(path, data, skip_broken=False):
+def read_distilled(path, data):
     """A distilled folder or .npz, at the size of data.train."""
     recipe = data.recipe
     return imageset.read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
-                             data.train.classes, skip_broken)
+                             data.train.classes, data.skip_broken)
 
 
 def first_per_class(images, ipc, name="the real set"):
@@ -119,25 +119,25 @@ class Pool:
     device: where training sets go, and data.train is, if it is an ImageSet.
     """
 
-    def __init__(self, data, device, skip_broken=False):
-        self.data, self.device, self.skip_broken = data, device, skip_broken
+    def __init__(self, data, device):
+        self.data, self.device = data, device
         self.distilled_sets, self.embedded = {}, None
 
     def distilled(self, path):
         """The ImageSet of a distilled folder or .npz."""
         if path not in self.distilled_sets:
-            self.distilled_sets[path] = read_distilled(path, self.data, self.skip_broken)
+            self.distilled_sets[path] = read_distilled(path, self.data)
         return self.distilled_sets[path]
 
     def select(self, name, ipc, rng, embed):
         """An ImageSet that `name` chose. embed: ImageSet -> (N, F), called once, for herding or k-center."""
         if name in ("random", "kmeans"):                        # they look at no features
-            return SELECTORS[name](self.data.train, ipc, self.data.train.labels, rng, self.skip_broken)
+            return SELECTORS[name](self.data.train, ipc, self.data.train.labels, rng)
         if self.embedded is None:
-            images = self.data.train.read(self.skip_broken).to(self.device)
+            images = self.data.train.read().to(self.device)
             self.embedded = images, embed(images)
         images, features = self.embedded
-        return SELECTORS[name](images, ipc, features, rng, self.skip_broken)
+        return SELECTORS[name](images, ipc, features, rng)
 
     def training_set(self, source, ipc, rng, embed):
         """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
@@ -148,7 +148,7 @@ class Pool:
         parts = []
         for name in source.split("+"):
             if name == "full":
-                part = self.data.train.read(self.skip_broken)
+                part = self.data.train.read()
             elif name in SELECTORS:
                 part = self.select(name, ipc, rng, embed)
             else:
