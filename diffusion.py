@@ -1,4 +1,4 @@
-"""Trains a diffusion transformer (DiT) on the data: the base model that all later stages start from.
+"""Trains a diffusion transformer (DiT) on the data: the base model that minimax.py fine-tunes.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          the forward process adds noise, t = 0 ... 999
     L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to predict that noise
@@ -19,7 +19,7 @@ import math
 import pathlib
 from typing import NamedTuple
 
-import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,49 +64,49 @@ class Schedule:
         return signal * x0 + noise * eps
 
     def x0_from_eps(self, xt, t, eps):
-        """The inverse of q_sample for x0: (x_t - sqrt(1 - abar) eps) / sqrt(abar)."""
+        """x_0 of x_t and eps (Ho et al. 2020, eq. 15). An error of eps enters 157-fold at t = 999."""
         signal, noise = self.at(t)
         return (xt - noise * eps) / signal
 
     def abar_at(self, t):
-        """abar at one t in [0, 999], a float; between two whole t, where solvers stop, log abar is linear."""
-        if t == int(t):                                         # the table's own number, not its logarithm's
+        """abar, a float, at one t in [0, 999]; between whole t, log abar is interpolated (for DPM-Solver)."""
+        if t == int(t):                                         # exact, without the rounding of log and exp
             return self.abar[int(t)].item()
         return math.exp(np.interp(t, range(self.T), self.abar.log()))
 
     def end(self, steps):
-        """The smallest t of a sampler with so many steps: 0, whatever their number."""
+        """The t at which a sampler of `steps` steps ends: 0 for this schedule, above 0 for U-ViT's."""
         return 0
 
 
 # ----------------------------------------------------------------------------------------------------
 # 2. DiT: a transformer over patches; its layer norms are modulated by time and class
 #
-# Names and shapes of all parameters are those of the published checkpoints (which learn the variance too).
-# B images, N tokens, D width, p pixels per token side, C channels.
+# Names and shapes of parameters are those of the published checkpoints, whose networks learn the variance.
+# B images, N tokens, D width, p pixels (latent cells) per token side, C channels, out = C or 2C channels.
 
 SIZES = {                      # depth, width D, heads
     "tiny": (4, 128, 4), "XS": (6, 256, 4),                     # ours; the others are DiT's
     "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DIFFFIT_BLOCKS = 14            # DiffFit scales the first 14 blocks only, as published for DiT-XL/2
+DIFFFIT_BLOCKS = 14            # Gu et al.'s code has gammas in the first 14 of DiT-XL/2's 28 blocks
 
 
-def sincos(positions, dim):
-    """Positions (n,) -> their cosines and sines, both (n, dim/2); frequencies from 1 down towards 1/10000."""
-    steps = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
-    angles = positions[:, None] * torch.exp(-math.log(10000) * steps)       # (n, dim/2)
+def cos_sin(positions, dim):
+    """Positions (n,) -> cosines, then sines, both (n, dim/2); frequencies from 1 down towards 1/10000."""
+    exponents = torch.arange(dim // 2, device=positions.device, dtype=positions.dtype) / (dim // 2)
+    angles = positions[:, None] * torch.exp(-math.log(10000) * exponents)   # (n, dim/2)
     return angles.cos(), angles.sin()
 
 
 def position_table(grid, dim):
-    """Fixed 2-D positions of a (grid, grid) map: (1, grid * grid, dim); the column fills the first half."""
+    """Fixed embedding of a (grid, grid) map: (1, grid * grid, dim); the column's half first, sines first."""
     row, column = torch.meshgrid(2 * [torch.arange(grid, dtype=torch.float64)], indexing="ij")  # (grid, grid)
-    halves = [torch.cat(sincos(place.flatten(), dim // 2)[::-1], dim=1) for place in (column, row)]
+    halves = [torch.cat(cos_sin(place.flatten(), dim // 2)[::-1], dim=1) for place in (column, row)]
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
 
 def rescale(x, gamma):
-    """x times DiffFit's factor gamma, where this network has one."""
+    """x * gamma, the factor that DiffFit adds for fine-tuning (Xie et al. 2023); x where there is none."""
     return x if gamma is None else gamma * x
 
 
@@ -123,7 +123,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        waves = torch.cat(sincos(t, 256), dim=1)                # (B, 256), in float32: bfloat16 has no 999
+        waves = torch.cat(cos_sin(t, 256), dim=1)               # (B, 256) float32: bfloat16 rounds 999
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from c (B, D), (B, N, D) -> (B, N, D).
 
-    adaLN-Zero: all six start at zero, and the block as the identity (Peebles & Xie 2023, sec. 3.2).
+    adaLN-Zero: all six are zero at first, and the block is the identity (Peebles & Xie 2023, sec. 3.2).
     """
 
     def __init__(self, width, heads, difffit):
@@ -169,7 +169,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to pixels: (B, N, D) -> (B, N, p * p * out)."""
+    """Tokens to pixels: x (B, N, D), c (B, D) -> (B, N, p * p * out)."""
 
     def __init__(self, width, outputs):
         super().__init__()
@@ -185,9 +185,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """eps_hat(x_t, t, y): x (B, C, H, W), t (B,) in [0, 999], y (B,) rows of the label table -> (B, C, H, W).
 
-    With `learned_variance` the output has 2C channels: eps, then the variance logits. With `difffit` the
-    first 14 blocks have the factors (gammas) that DiffFit tunes; they start at 1 and change nothing. The
-    weights may be bfloat16; x and t stay float32.
+    size: H = W, a multiple of patch (else UserError). classes: K; the label table has K + 1 rows. With
+    `learned_variance` there are 2C output channels: eps_hat, then the variance logits. With `difffit` the
+    first 14 blocks have DiffFit's factors (gammas), which start at 1 and change nothing.
     """
     recompute = False          # True: gradient checkpointing, less memory for more time in training
 
@@ -224,6 +224,7 @@ class DiT(nn.Module):
         return rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
 
 
+# nanodd/ may not import this file: there, checkpoint.network_of builds a DiT by its name in this table
 checkpoint.BACKBONES["dit"] = checkpoint.Backbone(DiT, SIZES, Schedule, training.by_recipe)
 
 # ----------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ checkpoint.BACKBONES["dit"] = checkpoint.Backbone(DiT, SIZES, Schedule, training
 
 
 class Denoised(NamedTuple):
-    """One example per row: loss (B,); xt, eps_hat, x0_hat (B, C, H, W); all but xt with gradients."""
+    """What denoising_loss returns: loss (B,); xt, eps_hat, x0_hat (B, C, H, W); all but xt have gradients."""
     loss: torch.Tensor
     xt: torch.Tensor
     eps_hat: torch.Tensor
@@ -239,12 +240,12 @@ class Denoised(NamedTuple):
 
 
 def denoising_loss(model, schedule, x0, y, t, eps):
-    """mean_{C,H,W} (eps - eps_hat)^2 per image (Ho et al. 2020, eq. 14), and the one-step guess at x0.
+    """mean_{C,H,W} (eps - eps_hat)^2 per image (Ho et al. 2020, eq. 14), and the one-step prediction of x0.
 
     x0, eps (B, C, H, W); y (B,) label rows; t (B,) in [0, 999], as schedule.draw_times gives it. x0_hat is
     neither clipped nor detached: the min-max losses send their gradient through it. Where the model learns
-    its variance, the variational bound is added with weight 1, as DiT was trained; its gradient enters by the
-    variance channels alone.
+    its variance, the variational bound is added with weight 1, as DiT was trained; its gradient reaches
+    the variance channels alone.
     """
     xt = schedule.q_sample(x0, t, eps)
     out = model(xt, t.float(), y)
@@ -259,12 +260,13 @@ def denoising_loss(model, schedule, x0, y, t, eps):
 # 4. The training loop
 
 
-def draw(examples, plan, step, rows, schedule):
-    """All that is random in training step number `step`, a function of (plan.seed, step): nothing to save.
+def training_batch(examples, plan, step, rows, schedule):
+    """Draws all random numbers of step number `step`, a function of (plan.seed, step), so none are saved.
 
-    examples: ImageSet or latents.Latents, on the device. rows: (K + 1,) label-table row of each class, "no
-    class" last (-1 where the table has none). Returns x0 (B, C, H, W), y (B,) rows, one in ten of them "no
-    class", t (B,) in [0, 999], eps (B, C, H, W); of many processes, this one's share of the batch.
+    examples: ImageSet or Latents, on the device. plan: training.Plan. rows: (K + 1,) row of each class in the
+    network's label table, "no class" last (-1: it has none); the published table has all 1,000 classes of
+    ImageNet, a data set a few of them. Returns x0 (B, C, H, W), y (B,) rows, "no class" with probability 0.1,
+    t (B,) in [0, 999], eps (B, C, H, W); under torchrun, this process's share of the batch.
     """
     device, batch = examples.labels.device, plan.batch
     rng = torch.Generator(device).manual_seed((plan.seed * 1_000_003 + step) % 2**32)
@@ -279,11 +281,13 @@ def draw(examples, plan, step, rows, schedule):
 
 
 def train(trainer, examples, rows, schedule, start=0):
-    """The loop: yields {"loss": L} after every optimizer step, from number `start` to the plan's end."""
+    """The loop; training.fit runs, logs and saves it: yields {"loss": L} after every optimizer step."""
     for step in range(start, trainer.plan.steps):
-        x0, y, t, eps = draw(examples, trainer.plan, step, rows, schedule)
+        x0, y, t, eps = training_batch(examples, trainer.plan, step, rows, schedule)
         loss = denoising_loss(trainer.predict, schedule, x0, y, t, eps).loss.mean()
-        trainer.update(loss, step)                              # AdamW, then the averaged weights
+        trainer.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        trainer.step(step)                                      # the rate, AdamW, the averaged weights
         yield {"loss": loss.detach()}
 
 
@@ -297,8 +301,8 @@ def train_base(data, path, run, network=None, steps=None, weights=None):
     network: None for the recipe's DiT, a size of DiT, or "uvit", "uvit-S" ...; steps: None for the recipe's.
     weights: a file of U-ViT's published weights to start from. Raises UserError as models.new_base.
     """
-    base = models.new_base(data, path, run, network, steps, weights)
-    if base is not None:
+    base = models.new_base(data, path, run, network, steps, weights)        # builds the network and AdamW
+    if base is not None:                                        # else `path` is finished, or was imported
         loop = functools.partial(train, base.trainer, base.examples, base.rows, base.schedule)
         training.fit(base.trainer, loop, path, base.header, run.overwrite)
 
@@ -316,9 +320,9 @@ def main(argv=None):
     with exit_on_user_error(parser), processes.process_group():
         run, backbone = cli.run_of(args, __file__, argv), checkpoint.named(args.network)[0]
         if args.weights is not None and backbone == "dit":
-            return published.take(args, run)
+            return published.import_base(args, run)
         data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
-        if backbone != "dit" and args.out is None:              # both kinds of base can lie side by side
+        if backbone != "dit" and args.out is None:              # a U-ViT does not replace the DiT
             args.out = pathlib.Path("out", data.name, backbone)
         path = (args.out or pathlib.Path("out", data.name)) / "base.safetensors"
         if args.dry_run:

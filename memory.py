@@ -1,16 +1,16 @@
-"""What the min-max losses remember: a few detached embeddings per class, and a rule for which to forget.
+"""What the min-max losses remember: a few detached embeddings per class, and a rule for which to drop.
 
-    fifo    the oldest goes                                                      (Gu et al. 2024)
-    max     the entry most similar to all the others goes: argmax_j sum_k cos(m_j, m_k), again and again,
-            until the rest fits                            (Li et al. 2025, self-adaptive memory, eq. 7, 8)
-    min     the least similar one goes; only there to show that it is worse                   (their Table 3)
+    fifo    drops the oldest entry                                               (Gu et al. 2024)
+    max     drops the entry most similar to all the others, argmax_j sum_k cos(m_j, m_k), one by one until
+            the rest fits                                  (Li et al. 2025, self-adaptive memory, eq. 7, 8)
+    min     drops the least similar entry: the other strategy of their ablation               (their Table 3)
 
-A generator learns to stay close to the memory of real images and away from the memory of its own. The rule
-therefore decides what "the data" is: first-in-first-out drifts with the batches, "max" spreads over all that
-was ever seen but never ages, so that an outlier stays for good. An embedding is the flattened x_0 that the
-diffusion model learns: the picture in [-1, 1] or, as in the papers, its latent.
+Fine-tuning pulls the model's predictions towards a memory of real images, and away from a memory of earlier
+predictions. The rule therefore decides which images stand for the data set: fifo holds those of the latest
+batches; max covers all images so far, but drops none for its age, so that an outlier stays for good. An
+embedding is a flattened image x_0 in [-1, 1] (its latent, in the papers) or a one-step prediction of x_0.
 
-    python memory.py           # a rare mode in a stream: how many of its entries each rule keeps; 3 s
+    python memory.py           # prints how many entries of a rare mode each rule holds at the end; 3 s
 """
 import math
 
@@ -23,32 +23,33 @@ from nanodd.errors import UserError, at_least, exit_on_user_error
 # ----------------------------------------------------------------------------------------------------
 # 1. The rules: which of m entries stay, (m, D) -> (min(m, slots), D), in order of arrival
 #
-# seen: how many entries were ever pushed. rng: a torch.Generator on the CPU, seeded anew for every push.
+# seen: how many entries of the class were ever pushed. rng: a torch.Generator on the CPU, new for every push.
+# No rule here reads these two; the rule in docs/change_one_thing/random.diff does.
 
 
 def keep_newest(entries, slots, seen, rng):
-    """First in, first out."""
+    """Keeps the newest entries: first in, first out. slots >= 1."""
     return entries[-slots:]
 
 
 def drop_by_similarity(entries, slots, most):
-    """While over `slots`, drops the entry of the largest (most=True) or smallest summed cosine to the others.
+    """Drops entries of the largest (most=True) or smallest summed cosine to the others until `slots` remain.
 
-    The sums are taken anew after each drop, or a pair of twins would go together. They are rounded, so that
-    equal entries tie in spite of the last digit, and the oldest of a tie goes.
+    The sums are computed anew after each drop; otherwise both of two equal entries would be dropped. They are
+    rounded, so that equal entries tie in spite of rounding errors, and of a tie the oldest entry is dropped.
     """
     if len(entries) <= slots:
         return entries
-    wide = entries if entries.device.type != "mps" else entries.cpu()       # which has no float64
-    unit = F.normalize(wide.double(), dim=1)                                # (m, D)
+    x = entries.cpu() if entries.device.type == "mps" else entries          # MPS has no float64
+    unit = F.normalize(x.double(), dim=1)                                   # (m, D)
     similarity = unit @ unit.T                                              # (m, m)
-    gone = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
-    for _ in range(len(entries) - slots):                       # without waiting for a GPU's answer
-        degree = (similarity * ~gone).sum(dim=1).round(decimals=9)          # (m,)
-        degree = (degree if most else -degree).masked_fill(gone, -math.inf)
-        gone.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)       # the first of equals
-    stays = gone.int().argsort(stable=True)[:slots]             # (slots,), in order of arrival
-    return entries[stays.to(entries.device)]
+    dropped = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
+    for _ in range(len(entries) - slots):                       # no .item(): a GPU would be waited for
+        degree = (similarity * ~dropped).sum(dim=1).round(decimals=9)       # (m,)
+        degree = (degree if most else -degree).masked_fill(dropped, -math.inf)
+        dropped.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)    # of a tie the first, the oldest
+    index = dropped.int().argsort(stable=True)[:slots]          # (slots,): where False, in order of arrival
+    return entries[index.to(entries.device)]
 
 
 RULES = {
@@ -58,10 +59,10 @@ RULES = {
 }
 
 
-def rules(name):
-    """--memory's word -> (rule of the real memory, rule of the generated one), keys of RULES.
+def rule_pair(name):
+    """Reads --memory: (rule of the real memory, rule of the generated one), keys of RULES.
 
-    "fifo", "adaptive" (the paper's pair: max, max), a rule for both, or two with a comma between: "max,min".
+    "fifo"; "adaptive" (Li et al.: max, max); one rule for both; or "max,min". UserError for other words.
     """
     real, _, generated = ("max" if name == "adaptive" else name).partition(",")
     pair = real, generated or real
@@ -76,7 +77,7 @@ def rules(name):
 
 
 class Memory:
-    """For each class label at most `slots` detached embeddings of D numbers, in order of arrival."""
+    """Holds, for each class label, at most `slots` >= 1 detached embeddings (D,), in order of arrival."""
 
     def __init__(self, slots, rule, seed=0):
         self.slots, self.keep, self.seed = slots, RULES[rule], seed
@@ -87,13 +88,13 @@ class Memory:
         return self.entries.get(label)
 
     def push(self, label, items):
-        """Appends items (n, D), then forgets by the rule: a new entry may be the first to go."""
-        items, before = items.detach(), self.get(label)
-        grown = items if before is None else torch.cat([before, items])     # (m + n, D)
+        """Appends items (n, D), then drops entries by the rule, which may drop a new entry first."""
+        items, earlier = items.detach(), self.get(label)
+        entries = items if earlier is None else torch.cat([earlier, items])             # (m + n, D)
         self.seen[label] = self.seen.get(label, 0) + len(items)
-        # a function of (seed, class, entries so far), so that a resumed run draws the same numbers
-        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + label) * 1_000_003 + self.seen[label])
-        self.entries[label] = self.keep(grown, self.slots, self.seen[label], rng).clone()  # not a view
+        seed = (self.seed * 1_000_003 + label) * 1_000_003 + self.seen[label]
+        rng = torch.Generator().manual_seed(seed % 2**32)       # so that a resumed run draws the same numbers
+        self.entries[label] = self.keep(entries, self.slots, self.seen[label], rng).clone()     # not a view
 
     def state_dict(self):
         return {"entries": dict(self.entries), "seen": dict(self.seen)}
@@ -117,12 +118,12 @@ def main(argv=None):
         for _ in range(50):                                     # 50 batches of 8, a tenth of the rare mode
             rare = torch.rand(8, generator=rng) < 0.1           # (8,)
             items = torch.randn(8, 16, generator=rng)           # (8, 16)
-            items[:, 0] += torch.where(rare, -6.0, 6.0)
+            items[:, 0] += torch.where(rare, -6.0, 6.0)         # the two modes differ in the first number
             for memory in memories.values():
                 memory.push(0, items)
         for rule, memory in memories.items():
-            rare = int((memory.get(0)[:, 0] < 0).sum())         # of (slots, 16)
-            print(f"{rule:4} | {args.slots} slots | {rare:2} of the rare mode, a tenth of the stream")
+            count = int((memory.get(0)[:, 0] < 0).sum())        # of (slots, 16)
+            print(f"{rule:4} | {count:2} of {args.slots} entries are of the rare mode, a tenth of the stream")
         print("-> python minimax.py")
 
 

@@ -2,29 +2,29 @@
 
     L_r = mean over the classes c in the batch of  1 - min cos(z_hat[c], real memory[c])
     L_d = mean over the classes c in the batch of      max cos(z_hat[c], generated memory[c])
-    L   = L_diff + lambda_r L_r + lambda_d L_d                    Gu et al. 2024, eq. 3 to 5; Fan et al. 2025
+    L   = L_diff + lambda_r L_r + lambda_d L_d         Gu et al. 2024, eq. 3 to 5; Fan et al. 2025, eq. 2 to 4
 
     python minimax.py          # 22 s on two CPU cores; the first time 5 minutes, base model included
     python minimax.py --data imagewoof --root /data/imagenet        # Gu et al. 2024, from DiT-XL/2's weights
     torchrun --nproc-per-node=4 minimax.py ...                      # the batch divided over four GPUs
 
-z_hat is the one-step prediction of the clean image. Per class and step, the min picks one pair of a
-prediction and a real image, the least similar; the max picks the most similar pair of a prediction and an
-earlier prediction. Only that pair feels the term. Trains the base model, or fetches it, first when there is
-none. Writes out/digits/minimax.safetensors: only the tuned weights, to be laid over the base's; with --phases
-one such file for each group of classes, minimax-0-19.safetensors and so on.
+z_hat is the one-step prediction of the clean image, L_diff the loss of diffusion.py. As in Gu et al.'s code,
+the min is over all pairs of a prediction and a stored real image of the class, the max over all pairs of a
+prediction and an earlier one; a term's gradient reaches one prediction alone. Trains or fetches a base model
+first if there is none. Writes the averaged tuned weights to out/digits/minimax.safetensors, to be loaded over
+the base's; with --phases one file for each group of classes, minimax-0-19.safetensors and so on.
 """
 import functools
 import os
 import pathlib
 import shlex
 
-import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 import torch.nn.functional as F
 
-from diffusion import denoising_loss, draw, train_base
-from memory import Memory, rules
+from diffusion import denoising_loss, train_base, training_batch
+from memory import Memory, rule_pair
 from nanodd import checks, cli, files, processes
 from nanodd.data import datasets, imageset
 from nanodd.errors import exit_on_user_error
@@ -33,22 +33,22 @@ from nanodd.networks import checkpoint, latents, models, training
 # ----------------------------------------------------------------------------------------------------
 # 1. The two criteria, and what Gu et al. compare them with
 #
-# z (n, D): the batch's predictions of one class, with gradients. batch (n, D): the real images of that class
-# in the batch. memory (M, D): earlier embeddings of the class; None where there are none yet.
+# z (n, D): the batch's predictions of one class, with gradients. memory (M, D): earlier embeddings of that
+# class, or None. batch (n, D): that class's real images in the batch, which only the naive L_r compares with.
 
 
 def cosines(z, memory):
-    """(n, D), (M, D) -> (n, M)."""
+    """Cosine similarities of all pairs: (n, D), (M, D) -> (n, M)."""
     return F.normalize(z, dim=1) @ F.normalize(memory, dim=1).T
 
 
 def representativeness(z, batch, memory):
-    """1 - the smallest of n x M cosines: pulls the least similar pair together (Gu et al. 2024, eq. 3)."""
+    """1 - the smallest of n x M cosines: pulls that prediction towards its image (Gu et al. 2024, eq. 3)."""
     return 0.0 if memory is None else 1 - cosines(z, memory).min()
 
 
 def diversity(z, batch, memory):
-    """The largest of n x M cosines: pushes the most similar pair apart (Gu et al. 2024, eq. 4)."""
+    """The largest of n x M cosines: pushes that prediction from the earlier one (Gu et al. 2024, eq. 4)."""
     return 0.0 if memory is None else cosines(z, memory).max()
 
 
@@ -62,7 +62,7 @@ def naive_diversity(z, batch, memory):
     return 0.0 if memory is None else cosines(z, memory).mean()
 
 
-CRITERIA = {                   # --criterion: L_r over the real memory, L_d over the generated one
+CRITERIA = {                   # --criterion: (L_r, called with the real memory; L_d, with the generated one)
     "minmax": (representativeness, diversity),
     "naive": (naive_representativeness, naive_diversity),
 }
@@ -72,27 +72,27 @@ CRITERIA = {                   # --criterion: L_r over the real memory, L_d over
 
 
 class MinMax:
-    """lambda_r L_r + lambda_d L_d for a batch, with the two memories that it fills.
+    """Computes lambda_r L_r + lambda_d L_d of a batch, then pushes the batch into its two memories.
 
-    z_hat "x0": (x_t - sqrt(1 - abar) eps_hat) / sqrt(abar), as the authors' code has it and the published
-    numbers were made. "paper": x_t - eps_hat, as Fan et al. write it. Above about t = 500 the two agree in
-    direction (they differ by the factor 1/sqrt(abar)); at small t the paper's form is the image minus about
-    as much noise. memory: two keys of memory.RULES. criterion: a key of CRITERIA.
+    z_hat "x0" is (x_t - sqrt(1 - abar) eps_hat) / sqrt(abar), as in Gu et al.'s code, which gave their
+    numbers; "paper" is x_t - eps_hat, as Fan et al. write it. Above about t = 500 the two agree in direction
+    (they differ by the factor 1/sqrt(abar)); near t = 0 "paper" is about x_0 - eps. rules: keys of
+    memory.RULES for the real and the generated memory. slots: entries per class. criterion: of CRITERIA.
     """
 
-    def __init__(self, lambda_r, lambda_d, slots=64, memory=("fifo", "fifo"), z_hat="x0", criterion="minmax",
+    def __init__(self, lambda_r, lambda_d, slots=64, rules=("fifo", "fifo"), z_hat="x0", criterion="minmax",
                  seed=0):
         self.lambda_r, self.lambda_d, self.z_hat = lambda_r, lambda_d, z_hat
-        self.criteria = CRITERIA[criterion]
-        self.real, self.generated = (Memory(slots, rule, seed) for rule in memory)
+        self.criterion_r, self.criterion_d = CRITERIA[criterion]
+        self.real, self.generated = (Memory(slots, rule, seed) for rule in rules)
 
     def __call__(self, denoised, x0, labels):
         """-> (lambda_r L_r + lambda_d L_d, {"repr": L_r, "div": L_d}), scalars.
 
-        denoised: diffusion.Denoised, and x0 (B, C, H, W): this process's share of the batch. labels: list, of
-        the whole batch. Compares before it pushes, so that no prediction meets its own copy of this step. A
-        class whose memory is still empty adds 0 but counts in the mean. Of many processes all remember the
-        whole batch, but each takes the extremum, and the mean, over its own share.
+        denoised: diffusion.Denoised, and x0 (B, C, H, W): this process's share of the batch. labels: a list,
+        of the whole batch. Compares before it pushes, so that no prediction is compared with itself. A class
+        with an empty memory adds 0 but counts in the mean. Under torchrun every process pushes the whole
+        batch, but takes the extremum, and the mean over classes, in its own share.
         """
         z = denoised.x0_hat if self.z_hat == "x0" else denoised.xt - denoised.eps_hat
         z, real = z.flatten(1), x0.flatten(1)                               # (B, D)
@@ -100,8 +100,8 @@ class MinMax:
         z_by_class, real_by_class = by_class(z, own_labels), by_class(real, own_labels)
         l_r = l_d = torch.zeros((), device=z.device)
         for c, z_c in z_by_class.items():                                   # (n, D)
-            l_r = l_r + self.criteria[0](z_c, real_by_class[c], self.real.get(c))
-            l_d = l_d + self.criteria[1](z_c, real_by_class[c], self.generated.get(c))
+            l_r = l_r + self.criterion_r(z_c, real_by_class[c], self.real.get(c))
+            l_d = l_d + self.criterion_d(z_c, real_by_class[c], self.generated.get(c))
         l_r, l_d = l_r / len(z_by_class), l_d / len(z_by_class)
         for memory, x in ((self.real, real), (self.generated, z)):
             for c, items in by_class(processes.all_gather(x), labels).items():
@@ -117,9 +117,9 @@ class MinMax:
 
 
 def by_class(x, labels):
-    """x (B, D), labels (list of B) -> {class: its rows (n, D)}. From a list, so that no GPU is waited for."""
-    rows = x.unbind()
-    return {c: torch.stack([row for row, label in zip(rows, labels, strict=True) if label == c])
+    """x (B, D), labels (list of B) -> {class: its part (n, D)}. A list: reading a tensor awaits the GPU."""
+    vectors = x.unbind()
+    return {c: torch.stack([vector for vector, label in zip(vectors, labels, strict=True) if label == c])
             for c in sorted(set(labels))}
 
 
@@ -127,22 +127,25 @@ def by_class(x, labels):
 # 3. The training loop
 
 
-def tune(trainer, examples, rows, schedule, losses, start=0):
-    """The loop: yields {"loss": L_diff, "repr": L_r, "div": L_d} after every optimizer step."""
+def tune(trainer, examples, rows, schedule, minmax, start=0):
+    """The loop, run by training.fit: yields {"loss": L_diff, "repr": L_r, "div": L_d} after every step."""
     plan, labels = trainer.plan, examples.labels.cpu()                      # (N,)
     for step in range(start, plan.steps):
-        x0, y, t, eps = draw(examples, plan, step, rows, schedule)
-        seen = labels[training.batch_index(len(labels), plan.batch, step, plan.seed)].tolist()
+        x0, y, t, eps = training_batch(examples, plan, step, rows, schedule)
+        # the classes of the whole batch, since y has "no class" in place of a tenth of them
+        batch_labels = labels[training.batch_index(len(labels), plan.batch, step, plan.seed)].tolist()
         denoised = denoising_loss(trainer.predict, schedule, x0, y, t, eps)
-        added, terms = losses(denoised, x0, seen)               # lambda_r L_r + lambda_d L_d
-        trainer.update(denoised.loss.mean() + added, step)      # AdamW, then the averaged weights
+        penalty, terms = minmax(denoised, x0, batch_labels)     # lambda_r L_r + lambda_d L_d
+        trainer.optimizer.zero_grad(set_to_none=True)
+        (denoised.loss.mean() + penalty).backward()
+        trainer.step(step)                                      # the rate, AdamW, the averaged weights
         yield {"loss": denoised.loss.detach().mean(), **terms}
 
 
 def difffit_parameters(model):
-    """Names of what DiffFit tunes: biases, gammas and the label table (Xie et al. 2023).
+    """The names of what DiffFit tunes: biases, gammas and the label table (Xie et al. 2023).
 
-    Its "norm" matches U-ViT's layer norms; those of DiT have no parameters.
+    "norm" matches U-ViT's layer norms (DiT's have no parameters), "label_emb" U-ViT's label table.
     """
     parts = "bias", "norm", "gamma", "y_embed", "label_emb"
     return [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
@@ -153,9 +156,9 @@ def tune_phase(args, run, data, phase, base, path):
     recipe, header, (first, last) = data.recipe, files.read_header(base), phase
     data = data._replace(train=data.train.pick((first <= data.train.labels) & (data.train.labels <= last)))
     plan = checks.tuning_plan(args, run, data, checkpoint.width_of(header["config"]))
-    memory = rules(args.memory)
+    rules = rule_pair(args.memory)
     settings = {**plan._asdict(), "data": imageset.fingerprint(data.train), "base": header["fingerprint"],
-                "lambda_r": args.lambda_r, "lambda_d": args.lambda_d, "memory": list(memory),
+                "lambda_r": args.lambda_r, "lambda_d": args.lambda_d, "memory": list(rules),
                 "slots": args.slots, "z_hat": args.z_hat, "criterion": args.criterion, "tune": args.tune,
                 "processes": processes.world(),
                 "encoder": latents.source_name(run.vae) if recipe.latents else None}
@@ -166,23 +169,25 @@ def tune_phase(args, run, data, phase, base, path):
     model = checkpoint.rebuild(config, files.load_tensors(base), base).to(run.device)
     model.recompute, tuned = run.recompute, set(difffit_parameters(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and (args.tune == "all" or name in tuned))
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1)]
+        if args.tune == "difffit":                              # else all but DiT's fixed positions
+            parameter.requires_grad_(name in tuned)
+    counts = [sum(p.numel() for p in parameters) for parameters in (
+        model.parameters(), (p for p in model.parameters() if p.requires_grad))]
     print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
-          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {counts[0]:,} of {counts[1]:,} "
+          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {counts[1]:,} of {counts[0]:,} "
           f"parameters tuned | {plan.steps} steps of {plan.batch} | lambda_r {args.lambda_r:g} "
-          f"lambda_d {args.lambda_d:g} | memory {','.join(memory)} x {args.slots} | seed {run.seed}")
+          f"lambda_d {args.lambda_d:g} | memory {','.join(rules)} x {args.slots} | seed {run.seed}")
     if run.compile:
         model.compile()
-    losses = MinMax(args.lambda_r, args.lambda_d, args.slots, memory, args.z_hat, args.criterion, run.seed)
+    minmax = MinMax(args.lambda_r, args.lambda_d, args.slots, rules, args.z_hat, args.criterion, run.seed)
     schedule = checkpoint.schedule_of(header["schedule"], base, run.device)
     rows = models.check_base(header, base, data)                # (K + 1,)
     header = {**checkpoint.new_header(data, config, settings, run.command, schedule), "rows": rows,
               "phase": phase, "base": {"file": os.path.relpath(base, path.parent),
                                        "fingerprint": header["fingerprint"]}}
     trainer, rows = training.Trainer(model, plan), torch.tensor(rows, device=run.device)
-    loop = functools.partial(tune, trainer, examples, rows, schedule, losses)
-    training.fit(trainer, loop, path, header, run.overwrite, memories=losses)
+    loop = functools.partial(tune, trainer, examples, rows, schedule, minmax)
+    training.fit(trainer, loop, path, header, run.overwrite, memories=minmax)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -219,15 +224,12 @@ def main(argv=None):
         run = cli.run_of(args, __file__, argv)
         data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         checks.fill_tuning_flags(args, data.recipe)
-        rules(args.memory)                                      # or refuses, before anything takes time
+        rule_pair(args.memory)                                  # an unknown rule is refused before any work
         phases = checks.phases(args, data)
         if args.dry_run:
-            datasets.describe(data)
-            print("\n".join(f"would tune on the classes {first}-{last} and write {path}"
-                            for path, (first, last) in phases.items()))
-            return
+            return models.describe_phases(data, phases)
         base = models.base_of(args, data, run, train_base)
-        models.check_base(files.read_header(base), base, data)
+        models.check_base(files.read_header(base), base, data)  # refused now, not after the first phase
         for path, phase in phases.items():
             tune_phase(args, run, data, phase, base, path)
         source = path if len(phases) == 1 else path.parent

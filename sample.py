@@ -1,9 +1,8 @@
-"""Draws the distilled set from a checkpoint, in few steps and, if you like, inside a time budget.
+"""Draws the distilled set from a checkpoint, in few steps and, on demand, inside a time budget.
 
     x0_hat = (x_t - sqrt(1 - abar) eps_hat) / sqrt(abar)       the network's guess at the clean image
     DDIM  x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma noise
-    DDPM  x_prev = posterior mean of (x0_hat, x_t) + posterior deviation * noise     nanodd/networks/ddpm.py
-    DPM-Solver, of order 1 to 3, and DPM-Solver++(2M)                             nanodd/sampling/solvers.py
+    DDPM: nanodd/networks/ddpm.py             DPM-Solver and DPM-Solver++(2M): nanodd/sampling/solvers.py
 
     python sample.py --steps 10                  # 100 digits: 5 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
@@ -11,12 +10,12 @@
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Images are drawn in blocks
-of --batch. Under a budget a block starts only if the longest block so far would still fit: the end can be
-late by what the last block takes longer than all before it.
-Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. An
-image depends on (checkpoint, autoencoder, sampler, steps, grid, eta, guidance, seed, class, index) alone, in
-float32 to one grey level; on the same device and with the same --batch to the byte, so that a stopped run
-resumes and writes the same files. --ipc 5 is the first half of --ipc 10.
+of --batch. Under a budget a block after the first starts only if the longest block so far would still fit;
+the run then exceeds the budget by no more than the last block's excess over the longest one before it.
+Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
+checkpoint, the flags --vae to --cfg-channels, the seed, the class and the index fix an image: to the byte on
+one device with one --batch (so that a resumed run writes the same files), otherwise, in float32, to one grey
+level. --ipc 5 is the first half of --ipc 10.
 Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho & Salimans 2022 and Kynkaanniemi et al. 2024
 (guidance), Lu et al. 2022 (DPM-Solver), Lu et al. 2023 (DPM-Solver++), Lin et al. 2024 (the trailing grid).
 """
@@ -27,7 +26,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 
 from diffusion import Schedule
@@ -57,7 +56,7 @@ def timesteps(count, grid="uniform", schedule=None, calls=None):
     """
     schedule, T = schedule or Schedule(), Schedule.T
     end, discrete = schedule.end(calls or count), schedule.name == "linear"
-    near = round if discrete else float
+    near = round if discrete else float                         # DiT was trained on integer t only
     if not 1 <= count <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {count}")
     if grid == "stride":
@@ -81,17 +80,17 @@ def timesteps(count, grid="uniform", schedule=None, calls=None):
 # ----------------------------------------------------------------------------------------------------
 # 2. From noise to image
 #
-# A sampler is a loop, (sampler, predict, noise) -> x (B, C, H, W), and the grid that suits it.
-# sampler: Sampler, the schedule and the times of the grid. predict: (x, t) -> (eps_hat, variance logits or
-# None), the network with guidance (section 3). noise: k -> standard normal (B, C, H, W): noise(0) is where
-# the loop starts, noise(k + 1) what step k adds. A loop asks only for what it uses, in the order of k.
+# Each entry of SAMPLERS is a loop (sampler, predict, noise) -> x (B, C, H, W), and the grid that suits it.
+# sampler: a Sampler, with schedule, times and eta. predict(x, t) -> (eps_hat, variance logits or None): the
+# network with guidance (section 3). noise(k): standard normal (B, C, H, W); the loop starts at noise(0), and
+# step k adds noise(k + 1). A loop calls noise only for the k that it uses, in ascending order.
 
 
 def ddim_step(x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
-    """x_t -> x_prev (Song et al. 2021, eq. 12, sigma from eq. 16).
+    """x_t -> x_prev (J. Song et al. 2021, eq. 12, sigma from eq. 16).
 
-    abar, abar_prev: floats, of t and of the next smaller time, abar < abar_prev <= 1; abar_prev = 1 is the
-    last step, which returns x0_hat without noise. eta: 0 is deterministic, 1 has DDPM's variance.
+    x0_hat, eps_hat, noise: (B, C, H, W). abar, abar_prev: floats, at t and at the next smaller time, where 1
+    is the last step, which returns x0_hat without noise. eta: 0 is deterministic, 1 has DDPM's variance.
     """
     sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
     direction = math.sqrt(max(0.0, 1 - abar_prev - sigma**2)) * eps_hat
@@ -99,7 +98,7 @@ def ddim_step(x0_hat, eps_hat, abar, abar_prev, noise=0.0, eta=0.0):
 
 
 def ddim(sampler, predict, noise):
-    """DDIM: a network call at every time of the grid, the last step to the image itself."""
+    """DDIM (J. Song et al. 2021): a call at each of sampler.times, the last step to x_0: (B, C, H, W)."""
     abar, x = [*map(sampler.schedule.abar_at, sampler.times), 1.0], noise(0)        # (B, C, H, W)
     for k, t in enumerate(sampler.times):
         eps_hat, _ = predict(x, t)
@@ -121,9 +120,9 @@ class Sampler(NamedTuple):
     """A loop with all its numbers: sampler(predict, noise) -> x (B, C, H, W) float, unclipped."""
     loop: Callable
     schedule: Schedule
-    times: list                # of the grid, falling
-    eta: float                 # of DDIM
-    orders: list | None = None  # one for each step of dpm1, dpm2, dpm3 and dpm-fast
+    times: list                # the grid's, falling from noise to image
+    eta: float                 # DDIM's alone; other loops ignore it
+    orders: list | None = None  # the order of each step of dpm1, dpm2, dpm3 and dpm-fast
 
     @torch.no_grad()
     def __call__(self, predict, noise):
@@ -133,8 +132,7 @@ class Sampler(NamedTuple):
 def sampler_of(name, steps, grid=None, schedule=None, eta=0.0):
     """The Sampler `name` of SAMPLERS with `steps` network calls.
 
-    grid: None for the sampler's own. schedule: None for DiT's. Raises UserError as timesteps and
-    solvers.orders.
+    grid: None for the sampler's own. schedule: None for DiT's. UserError: as timesteps, solvers.orders.
     """
     (loop, own_grid), schedule = SAMPLERS[name], schedule or Schedule()
     grid = grid or own_grid
@@ -160,7 +158,7 @@ def guided(model, rows, null, guidance, channels=None, interval=(0, Schedule.T -
     """
     def predict(x, t):
         C, time = x.shape[1], torch.full((len(x),), float(t), device=x.device)          # (B,)
-        if calls_at(t, guidance, interval) == 1:
+        if calls_at(t, guidance, interval) == 1:                # no guidance at t: the class alone
             out = model(x, time, rows).float()                              # (B, C or 2C, H, W)
             eps_hat, logits = out[:, :C], out[:, C:]
         else:
@@ -175,13 +173,13 @@ def guided(model, rows, null, guidance, channels=None, interval=(0, Schedule.T -
 
 
 def calls_at(t, guidance, interval):
-    """How often the network runs on an image at time t: twice where it is guided."""
+    """Network evaluations of an image at time t in [0, 999]: 2 with guidance, 1 without."""
     low, high = interval
     return 2 if guidance != 1 and low <= t <= high else 1
 
 
 def image_noise(seed, names, shape, device):
-    """All noise of B images, each from its own CPU generator: a function k -> (B, *shape), for k = 0, 1, ...
+    """Returns noise(k), (B, *shape) for k = 0, 1, ...: each image draws from a CPU generator of its own.
 
     names: (class name, index) of each image; they and `seed` fix its noise, in whatever batch it is drawn.
     """
@@ -195,18 +193,18 @@ def image_noise(seed, names, shape, device):
 
 
 def draw(trained, sampler, seed, items):
-    """Draws the images `items`, n pairs (label, index): (n, C, H, W) uint8 on the CPU.
+    """Draws n pictures (n, C, H, W) uint8 on the CPU; latents are decoded. items: n pairs (label, index).
 
-    trained: models.Trained, the network; one that was tuned in phases draws the classes of each with its own
-    weights.
+    trained: a models.Trained. A network tuned in phases draws each class with the weights of its phase.
+    Raises UserError where a picture is not finite.
     """
     header, device = trained.header, next(trained.network.parameters()).device
     shape = header["config"]["channels"], header["config"]["size"], header["config"]["size"]
-    x = torch.empty(len(items), *shape, device=device)                      # (n, C, H, W)
-    for positions in models.by_phase(trained, [label for label, _ in items]):
+    x = torch.empty(len(items), *shape, device=device)                      # (n, C, H, W), or latents
+    for positions in models.by_phase(trained, [label for label, _ in items]):   # loads each phase's weights
         chosen = [items[i] for i in positions]
         rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)  # (n,)
-        predict = guided(trained.network, rows, header["rows"][-1], **trained.guide)
+        predict = guided(trained.network, rows, header["rows"][-1], **trained.guide)    # [-1]: "no class"
         names = [(header["classes"][label], index) for label, index in chosen]
         x[positions] = sampler(predict, image_noise(seed, names, shape, device))
     return models.pictures_of(trained, x)
@@ -234,19 +232,19 @@ def main(argv=None):
     parser.add_argument("--grid", choices=GRIDS,
                         help="where in t the steps lie (default: quadratic; of DPM-Solvers logsnr)")
     parser.add_argument("--eta", type=float, default=0.0,
-                        help="noise that DDIM adds, 0 to 1 (default: %(default)s)")
+                        help="share of DDPM's noise that DDIM adds, 0 to 1 (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
                                                        "(default: the checkpoint's)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         default=(0, Schedule.T - 1),
                         help="guide only where LOW <= t <= HIGH, at half the cost elsewhere (default: 0 999)")
     parser.add_argument("--cfg-channels", type=int, metavar="N",
-                        help="guide the first N channels only: 3 is DiT's published slip (default: all)")
+                        help="guide the first N channels only: 3, as DiT's published samples (default: all)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
     parser.add_argument("--seconds", type=float,
-                        help="instead: as many images of every class as fit into this time; a block of "
-                             "--batch images starts only if the longest block so far would still fit, and "
-                             "can end late by what it takes longer")
+                        help="in place of --ipc: as many images of every class as fit into this time; after "
+                             "the first, a block of --batch images starts only if the longest block so far "
+                             "would still fit; the last one may exceed the time by what it takes beyond that")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--batch", type=int, default=100,
                         help="images drawn at once, by each process (default: %(default)s)")
@@ -257,7 +255,7 @@ def main(argv=None):
 
 
 def draw_set(args, run):
-    """Draws what the command line asks for, unless it is there already."""
+    """Draws the distilled set of the command line, unless that set is finished."""
     ipc, budget = checks.sampling_flags(args, Schedule.T - 1)
     name = datasets.data_name(args.data, args.root, args.validation)
     out = args.out or pathlib.Path("out", name)
@@ -292,6 +290,7 @@ def draw_set(args, run):
         return
     images = place.fill(functools.partial(draw, trained, sampler, args.seed), ipc, budget, args.batch,
                         run.command)
+    # call_times runs the loop once more, on a (1, 1, 1, 1) x and without the network
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in solvers.call_times(sampler))
     print(f"{images} images | {place.record['ipc']} a class | {place.record['seconds']:.1f} s | "
           f"{images * calls:,} network evaluations ({calls} an image)")

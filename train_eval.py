@@ -1,26 +1,29 @@
 """Trains judges on a small training set and tests them on real images: what a distilled set is worth.
 
-    A judge: a classifier trained from scratch on the small set alone. Worth: its accuracy on the test images.
+    accuracy = 100/N sum_i [argmax_k judge(x_i)_k = y_i]            over the N real test images (x_i, y_i)
+
+A judge is a classifier that is trained from scratch on the small set alone.
 
     python train_eval.py                            # four rows of judges: 4 minutes, two cores with bf16
-    python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" is a sum
+    python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" joins two
     python train_eval.py --pda 4                    # with four augmented copies of each distilled image
     python train_eval.py --data cifar100            # by the challenge's evaluator; its time is not measured
-    python train_eval.py --data imagewoof --root DIR --net resnet18     # by Gu et al.'s; not measured either
+    python train_eval.py --data imagewoof --root DIR --net resnet18     # Gu et al.'s protocol; not measured
 
-All judges train with SGD 0.01, momentum 0.9, weight decay 5e-4, under one of three protocols. "challenge", to
-the letter: ConvNetD3-W128 in float32 (on a GPU with torch's TF32 convolutions), 1,001 epochs, batches of 256,
-a tenth of the rate and a fresh optimizer after half of them, one of six augmentations per batch. "short", for
-digits and folders: the same with fewer epochs. "gu", for ImageNet's subsets: ResNetAP-10 or others at 224
-pixels, batches of 64, a fifth of the rate after two thirds and five sixths, crops, colours and CutMix.
+All judges train with SGD at rate 0.01, momentum 0.9, weight decay 5e-4, under one of three protocols:
+"challenge" repeats the challenge's evaluator: ConvNetD3-W128 in float32 (TF32 convolutions on a GPU), 1,001
+epochs, batches of 256, from epoch index 502 on a tenth of the rate and a new optimizer, one of six
+augmentations for each batch. "short", for digits and folders, has the same optimizer and rate, but the
+recipe's epochs and augmentations, in bfloat16 where it is faster. "gu", for ImageNet's subsets, has others at
+224 pixels, batches of 64, CutMix, and a fifth of the rate after 2/3 of the epochs, and of that after 5/6.
 The number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation
-over n judges (a new draw for each of "random" and "kmeans"). The best of ten epochs (gu: of a hundred),
-evenly spread, stands beside it because others report a best one. Below the table: HLR, what a set loses to
-all real images, and IOR, what it gains over as many random ones.
-Each row is appended to out/digits/results.jsonl. A row that was stopped, even killed, resumes from what its
-judges saved last (out/digits/judges); rows that were done are trained again.
+over n judges (in the rows random and kmeans each has its own selection). The best of ten epochs (gu: of a
+hundred), chosen on the test images, stands beside it because others report that. Below the table, as
+fractions: HLR, what a set loses to all real images, and IOR, what it gains over as many random ones.
+Each row is appended to out/digits/results.jsonl. A stopped row resumes from out/digits/judges.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
-Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation).
+Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation),
+DD-Ranking 2025 (HLR, IOR).
 """
 import math
 import pathlib
@@ -28,7 +31,7 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-import nanodd  # noqa: F401 (before torch: it says how the CPU's threads wait)
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -42,8 +45,8 @@ from nanodd.judging import augment, baselines, gu, judges
 # ----------------------------------------------------------------------------------------------------
 # 1. Differentiable siamese augmentation (DSA, Zhao & Bilen 2021), with the challenge's strengths
 #
-# A family changes a whole batch x (B, C, H, W), with new random numbers for each image; --augment chooses
-# families. x is normalised, so that the zeros that fill uncovered pixels are the mean colour.
+# A family changes a batch x (B, C, S, S), with new random numbers for each image; --augment chooses families.
+# x is normalised, so that 0, which fills uncovered pixels, is recipe.mean: black for digits, else a colour.
 
 
 def color(x, rng):
@@ -57,7 +60,7 @@ def color(x, rng):
 
 
 def crop(x, rng):
-    """Shifts by up to an eighth of the size in both directions, and fills with zeros."""
+    """Shifts by whole pixels, up to an eighth of the side both ways, and fills with zeros."""
     B, C, H, W = x.shape
     s = int(H * 0.125 + 0.5)
     dy, dx = torch.randint(0, 2 * s + 1, (2, B, 1), generator=rng, device=x.device)     # (B, 1), (B, 1)
@@ -70,26 +73,25 @@ def crop(x, rng):
 
 
 def cutout(x, rng):
-    """Zeroes a box of half the size; its centre is anywhere in the image, so part of it may lie outside."""
+    """Zeroes a square of half the side; its centre is anywhere in the image, so part may lie outside."""
     B, _, H, W = x.shape
     side = int(H * 0.5 + 0.5)
-    half, even = side // 2, 1 - side % 2
-    cy, cx = torch.randint(0, H + even, (2, B, 1), generator=rng, device=x.device)      # (B, 1), (B, 1)
+    top, left = torch.randint(0, H + 1 - side % 2, (2, B, 1), generator=rng, device=x.device) - side // 2
     rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    in_rows = (rows >= cy - half) & (rows < cy + half + 1 - even)           # (B, H)
-    in_columns = (columns >= cx - half) & (columns < cx + half + 1 - even)  # (B, W)
+    in_rows = (rows >= top) & (rows < top + side)                           # (B, H), top: (B, 1)
+    in_columns = (columns >= left) & (columns < left + side)                # (B, W), left: (B, 1)
     return x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])
 
 
 def scale(x, rng):
-    """Stretches width and height by factors in [1/1.2, 1.2], independently."""
+    """Multiplies the sampling coordinates by factors in [1/1.2, 1.2], one for width and one for height."""
     u = torch.rand(len(x), 2, generator=rng, device=x.device)               # (B, 2)
     factors = u * (1.2 - 1 / 1.2) + 1 / 1.2
     return augment.warp(x, torch.diag_embed(factors))
 
 
 def rotate(x, rng):
-    """Turns by up to 15 degrees."""
+    """Turns each image by its own angle, uniform in [-15, 15] degrees, and fills with zeros."""
     angle = (torch.rand(len(x), generator=rng, device=x.device) - 0.5) * 2 * math.radians(15)          # (B,)
     return augment.rotate_by(x, angle)
 
@@ -101,9 +103,9 @@ FAMILIES = {                   # --augment
 
 
 def dsa(x, families, rng, cpu_rng):
-    """One of `families` (names), drawn for the whole batch by cpu_rng; rng, on x's device, draws the rest.
+    """Applies one of `families` (names), drawn by cpu_rng, to the whole batch; rng draws all other numbers.
 
-    cpu_rng is on the CPU: Python has to know the family, and would wait for a GPU to say it.
+    cpu_rng is on the CPU: Python has to know the family, and would have to wait for a GPU to return it.
     """
     choice = int(torch.randint(len(families), (), generator=cpu_rng))
     return FAMILIES[families[choice]](x, rng)
@@ -121,7 +123,7 @@ class Protocol(NamedTuple):
     bf16: bool                 # whether bfloat16 is the default where it is faster
     epochs: Callable           # (recipe, images, classes) -> epochs
     rate: Callable             # (epoch, epochs) -> learning rate
-    reset_optimizer: bool      # whether the optimizer forgets its momentum where the rate falls
+    reset_optimizer: bool      # whether a new one, without momentum, takes over where the rate falls
     augment: Callable          # (images (B, C, S, S) uint8, labels (B,), recipe, rng, cpu_rng) -> x, targets
     baselines: tuple           # the rows of real images that are always there
 
@@ -163,15 +165,17 @@ def mixed_loss(logits, targets):
 
 
 def train(judge, images, recipe, epochs, predict, rng, cpu_rng, start=0, optimizer=None):
-    """Trains a judge on an ImageSet: a generator that yields (epoch, optimizer, loss) after each epoch.
+    """Trains a judge on an ImageSet; yields (epoch, optimizer, the last batch's loss) after every epoch.
 
-    predict: x (B, C, S, S) -> logits (B, K): the judge, possibly in bfloat16 or compiled. rng, cpu_rng: see
-    dsa; on a CPU they are one generator. To resume, start is the next epoch, optimizer the last one yielded.
+    judges.train_one consumes the generator: it tests and saves the judge at the yields. On a CPU several
+    judges train at once, in threads; with --runs 1 only one does, and a print stays readable.
+    predict: x (B, C, S, S) -> logits (B, K), the judge in bfloat16 or compiled where that was asked for. rng,
+    cpu_rng: see dsa; on a CPU they are one generator. To resume: start is the next epoch, optimizer the last.
     """
     protocol = PROTOCOLS[recipe.protocol]
     for epoch in range(start, epochs):
         rate = protocol.rate(epoch, epochs)
-        if optimizer is None or protocol.reset_optimizer and rate != optimizer.param_groups[0]["lr"]:
+        if optimizer is None or (protocol.reset_optimizer and rate != optimizer.param_groups[0]["lr"]):
             optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
         optimizer.param_groups[0]["lr"] = rate
         judge.train()
@@ -186,7 +190,7 @@ def train(judge, images, recipe, epochs, predict, rng, cpu_rng, start=0, optimiz
 
 
 def in_batches(function, images, recipe):
-    """function(x), without gradients, of all images in batches: (N, C, H, W) uint8 -> (N, ...)."""
+    """Applies function, without gradients, to normalised batches of uint8 (N, C, H, W): (N, ...)."""
     with torch.no_grad():
         batches = images.split(2 * PROTOCOLS[recipe.protocol].batch)
         return torch.cat([function(augment.normalise(batch, recipe)) for batch in batches])
@@ -210,9 +214,9 @@ def train_judges(trains, test, recipe, epochs, seeds, num_evals=None, **how):
     """A judge for each seed, trained from scratch on its set of `trains`: [(judge, accuracies)].
 
     trains: ImageSets, `test` too, all on one device. accuracies: percent on `test`, at num_evals epochs
-    evenly spread up to the last one (default: the protocol's). A seed gives the same judge whatever trains
-    beside it; on a CPU to the bit, if as many threads work for it. how: bf16, compiled, name and checkpoint,
-    as for judges.side_by_side. Raises UserError where a loss is not finite.
+    evenly spread up to the last one (default: the protocol's). A seed gives the same judge whatever others
+    train at the same time; on a CPU to the bit, if torch uses as many threads. how: bf16, compiled, name and
+    checkpoint, as for judges.side_by_side. Raises UserError where a loss is not finite.
     """
     num_evals = num_evals or PROTOCOLS[recipe.protocol].num_evals
     return judges.side_by_side(trains, test, recipe, epochs, seeds, build=convnet.judge, train=train,
@@ -224,14 +228,13 @@ def train_judge(images, test, recipe, epochs, seed, **how):
     return train_judges([images], test, recipe, epochs, [seed], **how)[0]
 
 
-def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=None, pda=0,
-             compiled=False, keep=None):
+def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=None, pda=0, compiled=False,
+             keep=None):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
-    source, ipc: see baselines.Pool.training_set. data: Data; test, an ImageSet, is on the device, and train
-    too where it is one. pool: a baselines.Pool that several rows share. pda: augmented copies of each image.
-    keep: a folder in which judges are saved while they train, so that a stopped row resumes. Judge number r
-    has the seed 1000 seed + r.
+    source, ipc: see baselines.Pool.training_set. data: Data, whose ImageSets are on the device. pool: a
+    baselines.Pool that several rows share. pda: augmented copies of each image, not counted in "ipc". keep: a
+    folder in which judges are saved while they train, so that a stopped row resumes.
     """
     began, recipe, device = judges.clock(), data.recipe, data.test.images.device
     pool = pool or baselines.Pool(data, device)
@@ -240,7 +243,7 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=Non
         count = count_epochs(recipe, len(images.labels), len(images.classes))
         judge, _ = train_judge(images, data.test, recipe, count, seed, num_evals=1, bf16=bf16)
         return in_batches(judge.embed, images.images, recipe)               # (N, F)
-    seeds = [1000 * seed + r for r in range(runs)]              # random sets have others, 500 higher
+    seeds = [1000 * seed + r for r in range(runs)]              # of judges; random sets: 500 higher
     trains = pool.training_sets(source, ipc, pda, [s + 500 for s in seeds], embed)
     images, classes = len(trains[0].labels), len(trains[0].classes)
     count = epochs or count_epochs(recipe, images, classes)
@@ -282,17 +285,17 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, help="of each judge (default: by protocol, recipe and images)")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser, again="the rows that are done are in results.jsonl; the same command "
-                            "trains them again, and goes on with the one that was stopped"):
+                            "trains them again, and resumes the one that was stopped"):
         run(args, cli.command_line_of(__file__, argv))
 
 
 def run(args, command):
-    """Everything after the command line was read."""
+    """Judges every source of the command line: prints the table and appends its rows to results.jsonl."""
     device = cli.device_named(args.device)
     data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
     classes = len(data.train.classes)
     recipe = checks.judging_recipe(args, data.recipe, classes, FAMILIES)
-    convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)   # raises UserError now, or never
+    convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)   # refuses a bad --net or --size
     protocol, train, test = PROTOCOLS[recipe.protocol], data.train, data.test
     if recipe.latents:                                          # pictures are read at the judge's size
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))

@@ -1,7 +1,7 @@
-"""Measures the rows of the README's tables, and writes the tables and the plot from what it measured.
+"""Measures the rows of docs/digits.md's tables, and writes the tables and the plot from what it measured.
 
     python benchmarks/digits.py            # an hour and more on two CPU cores; skips rows that are there
-    python benchmarks/digits.py --tables   # measures nothing: rewrites the README from results/digits.jsonl
+    python benchmarks/digits.py --tables   # measures nothing: rewrites the tables from results/digits.jsonl
 
 Rows are kept in results/digits.jsonl; delete it and out/ to measure all anew. Accuracies are the judge's last
 epoch on the 540 real test digits. A row of generated images at a fixed count draws five sets (seeds 0 to 4)
@@ -16,9 +16,7 @@ import shlex
 import shutil
 import statistics
 import sys
-import time
 
-import matplotlib
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,15 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 import convnet
 import minimax
+import report
 import sample
-from nanodd import cli, files
+from nanodd import cli
 from nanodd.data import datasets
 from nanodd.errors import UserError, exit_on_user_error
 from nanodd.judging import baselines
+from report import machine, pyplot, save_plot, spread, table, write_pages
 from train_eval import count_epochs, evaluate, in_batches, train_judge, train_judges
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
 RESULTS = ROOT / "results" / "digits.jsonl"
@@ -176,43 +173,25 @@ def measure(data, bf16):
         jobs["solvers", name, steps] = lambda s=sampler, steps=steps: solver_row(s, steps, data, bf16)
     for steps in ("auto", *STEPS):
         jobs["auto", str(steps), None] = lambda steps=steps: budget_row(steps, SHORT_BUDGET, data, bf16)
-    found = {(row["table"], row["row"], row["asked"]) for row in baselines.read_rows(RESULTS)}
-    if len(found) == len(jobs):
+    missing = report.missing(jobs, RESULTS)
+    if not missing:
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
         return
     type_in("python minimax.py --out out/bench/tuned")          # what most rows draw from; makes the base too
-    for table, name, ipc in [job for job in jobs if job not in found]:
-        row = {"table": table, "row": name, "asked": ipc, **jobs[table, name, ipc](), "machine": machine()}
-        with open(RESULTS, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{table} | {name} | {row['ipc']} a class | {row['mean']:.2f} +- {row['std']:.2f}", flush=True)
-    if ("main", "**distilled**", 10) not in found:
+    report.measure(missing, RESULTS, machine(),
+                   lambda row: f"{row['ipc']} a class | {row['mean']:.2f} +- {row['std']:.2f}")
+    if ("main", "**distilled**", 10) in missing:
         shutil.copy("out/bench/tuned/ipc10-0/distilled.png", ROOT / "assets" / "distilled.png")
-
-
-def machine():
-    cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
-    kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
-    return f"{cores} cores of {kind}, torch {version}, {time.strftime('%Y-%m-%d')}"
 
 
 # ----------------------------------------------------------------------------------------------------
 # 2. Tables and plot
 
 
-def spread(row, name="", digits=1):
-    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f} ({row['runs']})"
-
-
 def pilot(rows, row):
     """What `--steps auto` saw of this row's steps, before it decided."""
     seen = {found["steps"]: found["accuracy"] for other in rows for found in other.get("pilots", [])}
     return f"{seen[row['steps']]:.1f}" if row["steps"] in seen and row["row"] != "auto" else "–"
-
-
-def table(head, lines):
-    """Markdown: the lines of a table under its head."""
-    return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
 
 
 def tables(rows):
@@ -245,19 +224,6 @@ def tables(rows):
     }
 
 
-def write_readme(parts):
-    """Puts each part between its two marks, in README.md or in the page of docs/ that has them."""
-    pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-    for name, part in parts.items():
-        path, = (path for path, text in pages.items() if f"<!-- {name} -->\n" in text)
-        before, rest = pages[path].split(f"<!-- {name} -->\n", 1)
-        _, after = rest.split(f"<!-- end of {name} -->", 1)
-        pages[path] = f"{before}<!-- {name} -->\n{part}\n<!-- end of {name} -->{after}"
-    for path, text in pages.items():
-        with files.atomic_write(path) as temporary:
-            temporary.write_text(text)
-
-
 def plot(rows, path):
     """Accuracy against sampling steps under one budget, the shape of Fan et al.'s Table 3."""
     rows = [row for row in rows if row["table"] == "steps"]
@@ -269,14 +235,13 @@ def plot(rows, path):
                       textcoords="offset points", fontsize=8)
     axes.set(xlabel="sampling steps", ylabel="accuracy, %",
              title=f"{BUDGET} seconds of sampling (at each point: images a class)")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, axes, path)
 
 
 def main(argv=None):
     parser = cli.new_parser(__doc__)
     parser.add_argument("--tables", action="store_true",
-                        help="measure nothing; rewrite the README's tables and plot")
+                        help="measure nothing; rewrite the tables and the plot")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser):
         if not args.tables:
@@ -288,8 +253,9 @@ def main(argv=None):
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         plot(rows, ROOT / "assets" / "steps.png")
-        write_readme(tables(rows))
-        print(f"README.md and assets/steps.png now show the {len(rows)} rows of results/{RESULTS.name}")
+        write_pages(tables(rows))
+        print(f"README.md, docs/digits.md and assets/steps.png show the {len(rows)} rows of "
+              f"results/{RESULTS.name}")
 
 
 if __name__ == "__main__":

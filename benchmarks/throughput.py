@@ -103,7 +103,7 @@ def diffusing(recipe, examples, rows, product, device):
     plan = plan._replace(batch=recipe.tune_batch)
     losses = MinMax(recipe.lambda_r, recipe.lambda_d)
     for k in range(100):                                        # fills the memories
-        x0, y, t, eps = diffusion.draw(examples, plan, k, *state[1:])
+        x0, y, t, eps = diffusion.training_batch(examples, plan, k, *state[1:])
         labels = examples.labels[training.batch_index(len(examples.labels), plan.batch, k, 0).to(device)]
         with torch.no_grad():
             losses(diffusion.denoising_loss(model, schedule, x0, y, t, eps), x0, labels.tolist())

@@ -1,12 +1,12 @@
-"""What the six stage files stand on, and what only scale and the papers' details need.
+"""The code that all stage files share, and the code that only large data and the papers' details need.
 
-    errors, processes, files, recipes, cli          what every file uses
+    errors, processes, files, recipes, cli, checks      used by all stages
     data/        image sets: folders, archives, .npz; the data sets by their names
-    networks/    behind diffusion.py: checkpoints, what stands around a training loop, U-ViT, the autoencoder
-    sampling/    behind sample.py: DPM-Solver, the set on disk, the choice of a step count
-    judging/     behind train_eval.py: other judges, Gu et al.'s protocol, resuming, real baselines
+    networks/    for diffusion.py and minimax.py: checkpoints, training, U-ViT, the autoencoder
+    sampling/    for sample.py: DPM-Solver, the distilled set on disk, the choice of a step count
+    judging/     for train_eval.py: other judges, Gu et al.'s protocol, resuming, baselines of real images
 
-Nothing in here imports a stage file or has a command line: whatever can be typed stands at the top.
+No file of this package imports a stage file or has a command line: every command is a file of the top level.
 """
 import os
 

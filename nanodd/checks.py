@@ -1,4 +1,4 @@
-"""Numbers of the command line that are filled in from the recipe, or refused before anything takes time."""
+"""Checks of the flags: numbers are filled in from the recipe, or refused before anything takes time."""
 import argparse
 import math
 import pathlib
@@ -13,19 +13,22 @@ from nanodd.networks import training
 
 
 def fill_tuning_flags(args, recipe):
-    """Puts the recipe's numbers where no flag was given, and refuses those that make no sense."""
+    """Fills in the recipe's numbers where no flag was given. Raises UserError for numbers out of range."""
     args.batch = recipe.tune_batch if args.batch is None else args.batch
     args.lambda_r = recipe.lambda_r if args.lambda_r is None else args.lambda_r
     args.lambda_d = recipe.lambda_d if args.lambda_d is None else args.lambda_d
     at_least(1, steps=args.steps, slots=args.slots, batch=args.batch)
-    processes.batch_share(args.batch)                           # or refuses
+    processes.batch_share(args.batch)                           # raises where it does not divide
     if not (0 <= args.lambda_r < math.inf and 0 <= args.lambda_d < math.inf):
         raise UserError("--lambda-r and --lambda-d must not be negative or infinite, "
                         f"and are {args.lambda_r} and {args.lambda_d}")
 
 
 def class_ranges(args, K):
-    """The (first, last) class of each model to be tuned: all K in one, --classes A-B, or --phases of N."""
+    """[(first, last)], the classes of each model to be tuned: all K, --classes A-B, or --phases of N classes.
+
+    Raises UserError where both flags are given, or where a number is out of range.
+    """
     if args.classes is not None and args.phases is not None:
         raise UserError("--classes makes one phase and --phases all of them: choose one")
     if args.phases is not None:
@@ -41,18 +44,18 @@ def class_ranges(args, K):
 
 
 def phases(args, data):
-    """{path of a checkpoint: (first, last)}: the models that minimax.py tunes, and the classes of each."""
-    home, K = args.out or pathlib.Path("out", data.name), len(data.train.classes)
+    """The models that minimax.py tunes: {path of the checkpoint: (first class, last class)}."""
+    folder, K = args.out or pathlib.Path("out", data.name), len(data.train.classes)
     ranges = class_ranges(args, K)
-    return {home / ("minimax.safetensors" if (first, last) == (0, K - 1) else
-                    f"minimax-{first}-{last}.safetensors"): (first, last) for first, last in ranges}
+    return {folder / ("minimax.safetensors" if (first, last) == (0, K - 1) else
+                      f"minimax-{first}-{last}.safetensors"): (first, last) for first, last in ranges}
 
 
 def tuning_plan(args, run, data, width):
-    """The training.Plan of fine-tuning a network so wide on data.train.
+    """The training.Plan for fine-tuning a network of width `width` on data.train.
 
-    The steps are those asked for, else the recipe's, else as many whole batches as its epochs hold.
-    Raises UserError where there is no whole batch.
+    The number of steps is --steps, else the recipe's tune_steps, else its tune_epochs times the number of
+    full batches in an epoch. Raises UserError where there are fewer images than one batch.
     """
     recipe, images = data.recipe, len(data.train.labels)
     steps = args.steps or recipe.tune_steps or recipe.tune_epochs * (images // args.batch)
@@ -68,7 +71,7 @@ def tuning_plan(args, run, data, width):
 
 
 def number_or_auto(text):
-    """What --steps takes. Raises argparse.ArgumentTypeError."""
+    """The value of --steps: an int, or "auto". Raises argparse.ArgumentTypeError for anything else."""
     if text == "auto":
         return text
     try:
@@ -78,9 +81,9 @@ def number_or_auto(text):
 
 
 def sampling_flags(args, last):
-    """Refuses numbers that make no sense. Returns (images per class or inf, budget in seconds or inf).
+    """Checks the flags of sample.py. Returns (images per class or inf, budget in seconds or inf).
 
-    last: the largest t.
+    last: the largest t. Raises UserError for numbers out of range, and for flags that exclude each other.
     """
     if sum(value is not None for value in (args.ipc, args.seconds, args.minutes)) > 1:
         raise UserError("--ipc, --seconds and --minutes exclude each other")
@@ -107,13 +110,13 @@ def sampling_flags(args, last):
 
 
 def guidance_of(args, header, last):
-    """The keywords of sample.guided that the flags and the checkpoint's header ask for.
+    """The keyword arguments of sample.guided, from the flags and from the checkpoint's header.
 
     last: the largest t. Raises UserError where flags contradict each other or the checkpoint.
     """
-    none, channels = header["rows"][-1] < 0, header["config"]["channels"]
-    guidance = (1.0 if none else header["guidance"]) if args.guidance is None else args.guidance
-    if none and guidance != 1:
+    unguided, channels = header["rows"][-1] < 0, header["config"]["channels"]
+    guidance = (1.0 if unguided else header["guidance"]) if args.guidance is None else args.guidance
+    if unguided and guidance != 1:
         raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
                         f"weights have none: --guidance {guidance:g} cannot be, only 1")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
@@ -130,9 +133,10 @@ def guidance_of(args, header, last):
 
 
 def judging_recipe(args, recipe, classes, families):
-    """The recipe with what the flags replace of it; refuses numbers, protocols and families that cannot be.
+    """The recipe, with the values that flags replace.
 
-    families: the names that --augment knows.
+    families: the names that --augment takes. Raises UserError for numbers out of range, and for a protocol or
+    families that cannot be used here.
     """
     at_least(1, ipc=args.ipc, runs=args.runs, epochs=args.epochs, size=args.size)
     at_least(0, pda=args.pda)

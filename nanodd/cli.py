@@ -1,4 +1,4 @@
-"""What all command lines share: flags that mean the same everywhere, and the device to work on."""
+"""What all commands share: flags with one meaning each, the record of a command, the device, and Run."""
 import argparse
 import os
 import pathlib
@@ -12,6 +12,9 @@ import torch
 from nanodd import processes, recipes
 from nanodd.errors import UserError
 
+# ----------------------------------------------------------------------------------------------------
+# 1. The shared flags
+
 FLAGS = {
     "data": dict(default="digits", metavar="NAME|DIR",
                  help=f"{', '.join(recipes.BUILT_IN)}, or a folder of class folders (default: %(default)s)"),
@@ -19,10 +22,10 @@ FLAGS = {
                                      "where it is not there), or with --data folder"),
     "recipe": dict(choices=sorted(recipes.RECIPES), help="borrow another data set's recipe"),
     "validation": dict(action="store_true",
-                       help="put the test split away and test on a fifth of the training split: "
-                            "for choosing"),
+                       help="hold the test split out and test on a fifth of the training split, for choosing "
+                            "settings"),
     "out": dict(type=pathlib.Path, metavar="DIR", help="where results go (default: out/NAME)"),
-    "seed": dict(type=int, default=0, help="of everything random (default: %(default)s)"),
+    "seed": dict(type=int, default=0, help="of all random numbers (default: %(default)s)"),
     "device": dict(default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest here)"),
     "dry-run": dict(action="store_true", help="print what was read and what would be trained, and stop"),
     "overwrite": dict(action="store_true", help="replace what other settings made"),
@@ -38,7 +41,7 @@ FLAGS = {
                       help="gradient checkpointing: less memory, more work, since the activations of each "
                            "block are computed again in the backward pass"),
 }
-# of both files that train a diffusion model
+# the flags of both files that train a diffusion model
 TRAINING = ("data root recipe validation out seed device overwrite vae skip-broken bf16 compile recompute "
             "dry-run")
 
@@ -55,8 +58,12 @@ def new_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+# ----------------------------------------------------------------------------------------------------
+# 2. Commands as text
+
+
 def data_flags(args, *more):
-    """The flags that point the next command at the same data: "" for the digits, else " --data DIR" ...
+    """The flags with which the next command reads the same data: "" for the digits, else " --data DIR" ...
 
     more: further flags to repeat where they were given, such as "--out".
     """
@@ -70,15 +77,19 @@ def data_flags(args, *more):
 
 
 def command_line_of(file, argv=None):
-    """The command as typed from the repository's root, for the records that are kept: no absolute path."""
+    """The command as typed, for checkpoints and records of results; absolute paths are made relative."""
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    words = [re.sub(r"^(--[\w-]+=)?(/.*)", lambda found: (found[1] or "") + os.path.relpath(found[2]), word)
+    words = [re.sub(r"^(--[\w-]+=)?(/.*)", lambda match: (match[1] or "") + os.path.relpath(match[2]), word)
              for word in words]
     return shlex.join(["python", pathlib.Path(file).name, *words])
 
 
+# ----------------------------------------------------------------------------------------------------
+# 3. The device
+
+
 def device_named(name):
-    """The torch.device asked for: auto, cpu, cuda, cuda:N or mps. An absent one is refused, not replaced."""
+    """The torch.device called auto, cpu, cuda, cuda:N or mps. Raises UserError where it is absent."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -90,7 +101,7 @@ def device_named(name):
     if kind == "cuda":
         if ":" in name and processes.world() > 1:
             raise UserError(f"--device {name} puts all processes on one GPU; --device cuda: each on its own")
-        index = name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU each
+        index = name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0")  # torchrun: one GPU a process
         if not index.isdigit() or int(index) >= torch.cuda.device_count():
             raise UserError(f"--device {name} was asked for, but there is none here; try --device cpu")
         torch.cuda.set_device(int(index))
@@ -99,31 +110,38 @@ def device_named(name):
 
 
 def gains_from_bf16(device):
-    """Whether bfloat16 is faster there: on GPUs, and on CPUs that multiply it natively."""
+    """Whether bfloat16 is faster on this device: on GPUs, and on CPUs that multiply it natively."""
     if device.type != "cpu":
         return device.type == "cuda"
-    has = getattr(torch.cpu, "get_capabilities", dict)()        # an older torch does not tell
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have none
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The settings of a run
 
 
 class Run(NamedTuple):
-    """What a command line says to every stage alike, however deep in the code it is needed."""
-    command: str               # as it was typed, for the records
+    """The settings that all stages share, read from the flags once and handed down."""
+    command: str               # as typed, for the records
     device: torch.device
     seed: int
     overwrite: bool
-    bf16: bool | None          # as asked; None: where it is faster
+    bf16: bool | None          # --bf16 or --no-bf16; None: where it is faster
     compile: bool
     recompute: bool            # gradient checkpointing
-    vae: str                   # the autoencoder's weights
+    vae: str                   # the autoencoder's weights: ema, mse or a file
 
     def in_bf16(self, width):
-        """Whether a network so wide works in bfloat16: as asked, or where it is faster, from 192 on."""
+        """Whether a network of width `width` works in bfloat16: as the flag says, else where it is faster.
+
+        That is on devices as in gains_from_bf16, from a width of 192 on.
+        """
         return gains_from_bf16(self.device) and width >= 192 if self.bf16 is None else self.bf16
 
 
 def run_of(args, file, argv=None):
-    """The Run of parsed flags; a flag that the stage lacks is off. Raises UserError as device_named does."""
+    """The Run of parsed flags; a flag that the stage does not have is off. Raises as device_named does."""
     flags = {name: getattr(args, name, False) for name in ("overwrite", "compile", "recompute")}
     return Run(command_line_of(file, argv), device_named(args.device), args.seed, bf16=args.bf16,
                vae=args.vae, **flags)

@@ -5,21 +5,21 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can put right; its message is the sentence that says how."""
+    """An error that the user can correct; its message is a sentence that says how."""
 
 
 def at_least(least, **values):
-    """Raises UserError, naming the flag, where one of the values (None is left alone) is below `least`."""
+    """Raises UserError, naming the flag, where one of the values (None is skipped) is below `least`."""
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 @contextmanager
-def exit_on_user_error(parser, again="the same command goes on"):
+def exit_on_user_error(parser, again="the same command resumes"):
     """Turns a UserError, a full disk or memory, or Ctrl-C in the block into one line on stderr, exit code 2.
 
-    Anything else is a bug of ours and keeps its traceback. again: what to do after Ctrl-C.
+    Any other exception is a bug of nanoDD and keeps its traceback. again: what to do after Ctrl-C.
     """
     try:
         yield
@@ -28,12 +28,12 @@ def exit_on_user_error(parser, again="the same command goes on"):
                        f"and {again}\n")
     except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (RuntimeError, MemoryError) as error:                # torch has a class of its own on GPUs only
+    except (RuntimeError, MemoryError) as error:                # torch has its own class for GPUs only
         if not re.search("^$|out of memory|can't allocate memory", str(error)):
             raise
-        known = parser.format_help()
-        helps = [flag for flag in ("--recompute", "--batch", "--bf16", "--size") if f"{flag} " in known]
-        parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(helps) or 'a smaller set'} "
+        help_text = parser.format_help()
+        flags = [flag for flag in ("--recompute", "--batch", "--bf16", "--size") if f"{flag} " in help_text]
+        parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(flags) or 'a smaller set'} "
                        "(a smaller number where it takes one)\n")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS,

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all; files that are fetched; files of tensors with a JSON header."""
+"""Atomic writes, downloads, and files of tensors with a JSON header (safetensors)."""
 import hashlib
 import http.client
 import io
@@ -16,14 +16,18 @@ from tqdm import tqdm
 from nanodd import processes
 from nanodd.errors import UserError
 
-SAVE_EVERY = 10               # seconds between saved states; more where saving takes over a twentieth of them
+SAVE_EVERY = 10                # seconds between two saved states of a run
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Atomic writes and downloads
 
 
 @contextmanager
 def atomic_write(path):
-    """Yields a temporary path beside `path`, renamed over it if the block succeeds and removed if not.
+    """Yields a temporary path in the folder of `path`, renamed to `path` if the block succeeds, else removed.
 
-    A killed run therefore leaves the last good file, never half of a new one.
+    A killed run therefore leaves the last complete file, never half of a new one. Raises UserError where the
+    folder cannot be made.
     """
     path = pathlib.Path(path)
     try:
@@ -39,7 +43,7 @@ def atomic_write(path):
 
 
 def save_state(path, state):
-    """Writes plain data and tensors to `path`, whole or not at all, for torch.load(weights_only=True)."""
+    """Writes plain data and tensors to `path` atomically, for torch.load(weights_only=True)."""
     buffer = io.BytesIO()                                       # a full disk is then an OSError with a reason
     torch.save(state, buffer)
     with atomic_write(path) as temporary:
@@ -47,9 +51,10 @@ def save_state(path, state):
 
 
 def fetch(url, name, flag):
-    """The path of the file `name` in torch's hub cache, downloaded from `url` first where it is not there.
+    """The path of the file `name` in torch's hub cache, downloaded from `url` first where it is missing.
 
-    Raises UserError where it cannot be had; flag is how to give it by hand.
+    flag: what takes a file that was downloaded by hand, for the message. Raises UserError where the download
+    fails.
     """
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
 
@@ -61,7 +66,7 @@ def fetch(url, name, flag):
                     bar.total = total
                     bar.update(blocks * size - bar.n)
                 urllib.request.urlretrieve(url, temporary, advance)
-        except (OSError, http.client.HTTPException) as error:   # no network, no such file, a cut-off one
+        except (OSError, http.client.HTTPException) as error:   # no network, no such file, or half of it
             raise UserError(f"cannot fetch {url} ({error}): download it elsewhere and point {flag} "
                             "at the file") from error
     processes.on_first_process(lambda: path.is_file() or download())
@@ -69,11 +74,11 @@ def fetch(url, name, flag):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Tensors: safetensors, with a JSON header of ours
+# 2. Tensors: safetensors, with nanoDD's JSON header
 
 
 def fingerprint(tensors):
-    """A short hash of named tensors: the same weights have the same one, wherever they lie."""
+    """A hash of {name: tensor}, 16 hexadecimal digits: equal weights have equal ones, on any device."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -82,19 +87,19 @@ def fingerprint(tensors):
 
 
 def save_tensors(path, tensors, header):
-    """Writes {name: contiguous tensor on the CPU} and a JSON header to `path`, whole or not at all.
+    """Writes {name: contiguous tensor on the CPU} and a JSON header to `path` atomically.
 
     Raises UserError where it cannot be written.
     """
     with atomic_write(path) as temporary:
-        try:                                                    # from the tensors to the disk, without a copy
+        try:                                                    # written without a copy in memory
             safetensors.torch.save_file(tensors, temporary, metadata={"nanodd": json.dumps(header)})
         except safetensors.SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}") from error
 
 
 def read_header(path):
-    """The JSON header of a file of ours. Raises UserError where it is none."""
+    """The JSON header of a checkpoint of nanoDD. Raises UserError where `path` is no such file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["nanodd"])
@@ -112,20 +117,21 @@ def load_tensors(path):
 
 
 def load_strict(module, tensors, path, kind):
-    """Makes {name: tensor}, of the file `path`, the weights of a module, which may be on the meta device.
+    """Loads {name: tensor}, read from the file `path`, into a module, which may be on the meta device.
 
-    kind: what to call the module. Raises UserError, naming the file and the first tensor that is missing,
-    unexpected or of another shape.
+    kind: the module's name in the message. Raises UserError, naming the file and the tensor, where one is
+    missing, unexpected or of another shape.
     """
-    wanted = module.state_dict()
-    for name in (*wanted, *tensors):
+    expected = module.state_dict()
+    for name in (*expected, *tensors):
         if name not in tensors:
-            wrong = "is missing"
-        elif name not in wanted:
-            wrong = "is unexpected"
-        elif tensors[name].shape != wanted[name].shape:
-            wrong = f"has shape {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+            problem = "is missing"
+        elif name not in expected:
+            problem = "is unexpected"
+        elif tensors[name].shape != expected[name].shape:
+            problem = (f"has shape {tuple(tensors[name].shape)} instead of "
+                       f"{tuple(expected[name].shape)}")
         else:
             continue
-        raise UserError(f"{path} does not fit the {kind}: {name} {wrong}")
+        raise UserError(f"{path} does not fit the {kind}: {name} {problem}")
     module.load_state_dict(tensors, assign=True)

@@ -1,6 +1,6 @@
-"""Many processes, as torchrun starts them: which one this is, what its share is, and what all agree on.
+"""Several processes, as torchrun starts them: the rank of this one, its share of a batch, communication.
 
-Without torchrun there is one process, of rank 0, and everything here is the identity.
+Without torchrun there is one process, of rank 0: its share is the whole batch, and nothing is communicated.
 """
 import datetime
 import os
@@ -12,9 +12,12 @@ import torch.distributed as dist
 
 from nanodd.errors import UserError
 
+# ----------------------------------------------------------------------------------------------------
+# 1. The group of processes
+
 
 def rank():
-    """This process's number among all that torchrun started; 0 without it."""
+    """The number of this process, from 0 to world() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -24,14 +27,17 @@ def world():
 
 
 def barrier():
-    """Waits until all processes are here."""
+    """Waits until all processes have reached this call."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def process_group():
-    """Joins the processes that torchrun started, if it did; only the first of them prints."""
+    """Joins the processes that torchrun started, if it did, for the length of the block; only rank 0 prints.
+
+    Raises UserError where there are more processes than GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
@@ -40,7 +46,7 @@ def process_group():
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes are too many for {gpus} GPUs: lower "
                         "--nproc-per-node")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            timeout=datetime.timedelta(hours=2))            # some wait while one encodes
+                            timeout=datetime.timedelta(hours=2))            # some wait while others encode
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
@@ -48,8 +54,12 @@ def process_group():
         dist.destroy_process_group()
 
 
+# ----------------------------------------------------------------------------------------------------
+# 2. A process's share of a batch
+
+
 def batch_share(batch):
-    """How many images of a batch are this process's. Raises UserError where it does not divide."""
+    """The number of images of a batch that each process takes. Raises UserError where it is not whole."""
     if batch % world():
         raise UserError(f"a batch of {batch} does not divide over {world()} processes: take a multiple")
     return batch // world()
@@ -61,15 +71,19 @@ def own_share(*tensors):
     return tuple(tensor[rank() * share:][:share] for tensor in tensors)
 
 
+# ----------------------------------------------------------------------------------------------------
+# 3. Values that all processes share
+
+
 def all_reduce_mean(sums):
-    """{name: scalar tensor} -> the same, averaged over all processes."""
+    """{name: scalar tensor} -> {name: its mean over all processes}."""
     values = torch.stack(list(sums.values()))
     dist.all_reduce(values)
     return dict(zip(sums, values / world(), strict=True))
 
 
 def all_gather(x):
-    """x (B / processes, ...) of every process, in the order of their ranks, detached: (B, ...)."""
+    """Joins x (B / processes, ...) of all processes in the order of their ranks: (B, ...), detached."""
     if world() == 1:
         return x.detach()
     parts = [torch.empty_like(x) for _ in range(world())]
@@ -78,7 +92,7 @@ def all_gather(x):
 
 
 def max_over_processes(value):
-    """The largest of all processes' numbers, or whether it is true of any: the same answer everywhere."""
+    """The maximum of `value` over all processes, returned on each; of booleans, whether any is true."""
     if world() == 1:
         return value
     values = [None] * world()
@@ -87,15 +101,22 @@ def max_over_processes(value):
 
 
 def on_first_process(make):
-    """What make() returns on the first process, on all; its UserError is raised on all, too."""
-    found = [None, None]
+    """Calls make() on the first process alone, and returns its result on all.
+
+    An error of the first process is raised there as it is, and on the others as a UserError, so that none of
+    them waits for it.
+    """
+    outcome, failure = [None, None], None
     if rank() == 0:
         try:
-            found[0] = make()
-        except UserError as error:
-            found[1] = str(error)
+            outcome[0] = make()
+        except Exception as error:                              # whatever it is, the others must know
+            failure = error
+            outcome[1] = str(error) or type(error).__name__
     if world() > 1:
-        dist.broadcast_object_list(found)
-    if found[1]:
-        raise UserError(found[1])
-    return found[0]
+        dist.broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]

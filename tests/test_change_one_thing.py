@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("diffs")                   # they share the fixture below
 ROOT = pathlib.Path(__file__).parents[1]
 DIFFS = ROOT / "docs/change_one_thing"
 

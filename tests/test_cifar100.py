@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import cifar100
-import throughput
+import cifar100_rows
 import train_eval
 from nanodd import recipes
 from nanodd.data import datasets
@@ -24,10 +24,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 def archive(tmp_path, monkeypatch):
     """CIFAR-100's archive with five pictures a class, and the proof at its least."""
     write_cifar(tmp_path / "archive", CIFAR100, FINE, monkeypatch)
-    least = cifar100.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",
+    least = cifar100_rows.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",
                                    budget=.3, last=.6, epochs=1)
-    monkeypatch.setattr(cifar100, "TINY", least)
-    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1e12)
+    monkeypatch.setattr(cifar100_rows, "TINY", least)
+    monkeypatch.setattr(cifar100_rows, "matrix_rate", lambda *_: 1e12)
     return ["--root", str(tmp_path / "archive"), "--tiny", "--device", "cpu"]
 
 
@@ -37,7 +37,7 @@ def rows():
 
 def again(words):
     """As in a new process, which has run nothing yet."""
-    cifar100.type_in.cache_clear()
+    cifar100_rows.type_in.cache_clear()
     cifar100.main(words)
 
 
@@ -68,12 +68,12 @@ def test_it_measures_every_row_once_and_says_how(archive, capsys):
 
 
 def test_rows_of_two_models_are_never_mixed(archive, monkeypatch, capsys):
-    jobs = cifar100.jobs
-    monkeypatch.setattr(cifar100, "jobs", lambda scale: dict(list(jobs(scale).items())[:3]))
+    jobs = cifar100_rows.jobs
+    monkeypatch.setattr(cifar100_rows, "jobs", lambda scale: dict(list(jobs(scale).items())[:3]))
     again(archive)
     found = rows()
     shutil.rmtree("out/cifar100-few")                           # a machine was lost, but not its rows
-    scale = cifar100.TINY
+    scale = cifar100_rows.TINY
     scale.rows.parent.mkdir()
     scale.rows.write_text("".join(json.dumps(row) + "\n" for row in found[:2]))
     again(archive)
@@ -81,14 +81,14 @@ def test_rows_of_two_models_are_never_mixed(archive, monkeypatch, capsys):
     shutil.rmtree("out/cifar100-few")
     scale.rows.parent.mkdir()
     scale.rows.write_text(json.dumps(found[0]) + "\n")
-    monkeypatch.setattr(cifar100, "TINY", scale._replace(base="--steps 3"))
-    cifar100.type_in.cache_clear()
+    monkeypatch.setattr(cifar100_rows, "TINY", scale._replace(base="--steps 3"))
+    cifar100_rows.type_in.cache_clear()
     assert "rows of another out/cifar100-few/base.safetensors" in refused(archive, capsys)
     assert not pathlib.Path("out/cifar100-few/bench").exists()  # before anything is drawn
 
 
 @pytest.mark.parametrize("where, name, call", [
-    (training.Trainer, "update", 6),                            # the second of fine-tuning
+    (training.Trainer, "step", 6),                            # the second of fine-tuning
     (distilled.NpzFile, "write", 2), (distilled.NpzFile, "finalise", 3),
     (train_eval, "accuracy", 11)], ids=["tuning", "drawing", "joining", "judging"])
 def test_it_is_stopped_in_the_middle_and_goes_on(where, name, call, archive, monkeypatch, capsys):
@@ -99,14 +99,14 @@ def test_it_is_stopped_in_the_middle_and_goes_on(where, name, call, archive, mon
         if len(calls) == call:
             raise cifar100.TimeIsUp
         return real(*args, **how)
-    jobs = cifar100.jobs
-    monkeypatch.setattr(cifar100, "jobs", lambda scale: dict(list(jobs(scale).items())[:13]))
+    jobs = cifar100_rows.jobs
+    monkeypatch.setattr(cifar100_rows, "jobs", lambda scale: dict(list(jobs(scale).items())[:13]))
     monkeypatch.setattr(where, name, interrupted)
     with pytest.raises(SystemExit) as stop:
         again(archive)
-    kept = rows() if cifar100.TINY.rows.exists() else []
+    kept = rows() if cifar100_rows.TINY.rows.exists() else []
     assert stop.value.code == 1 and len(kept) < 13 and len(calls) >= call
-    assert "goes on with the others" in capsys.readouterr().err
+    assert "measures the others" in capsys.readouterr().err
     again(archive)
     assert rows()[:len(kept)] == kept and len(rows()) == 13
 
@@ -139,12 +139,13 @@ def test_what_was_not_measured_is_a_dash():
 
 
 def test_the_last_rows_keep_to_the_challenges_rules(monkeypatch):
-    full, asked = cifar100.FULL, []
+    full, asked = cifar100_rows.FULL, []
     recipe = dataclasses.replace(recipes.RECIPES["cifar100"], protocol="short")
-    run = cifar100.Run(scale=full, data_flags="--data cifar100", root=None, device_flags=[], device=None,
-                       data=datasets.Data("cifar100", recipe, None, None, ""))
-    monkeypatch.setattr(cifar100, "evaluate", lambda _, data, **how: asked.append((data.recipe, how)) or {})
-    row = cifar100.judged("random", 50, "challenge", run)
+    run = cifar100_rows.Run(scale=full, data_flags="--data cifar100", root=None, device_flags=[], device=None,
+                            data=datasets.Data("cifar100", recipe, None, None, ""))
+    monkeypatch.setattr(cifar100_rows, "evaluate",
+                        lambda _, data, **how: asked.append((data.recipe, how)) or {})
+    row = cifar100_rows.judged("random", 50, "challenge", run)
     (recipe, how), = asked
     assert recipe == recipes.RECIPES["cifar100"] and train_eval.count_epochs(recipe, 5000, 100) == 1001
     assert how["runs"] == 3 and how["epochs"] is None and how["bf16"] is False and how["ipc"] == 50
@@ -153,5 +154,5 @@ def test_the_last_rows_keep_to_the_challenges_rules(monkeypatch):
 
 
 def test_the_sweep_has_fan_et_als_step_counts_and_50():
-    assert cifar100.FULL.steps == (5, 10, 15, 20, 25, 30, 50) and cifar100.FULL.tuned == (10, 50)
-    assert cifar100.FULL.budget <= 60
+    assert cifar100_rows.FULL.steps == (5, 10, 15, 20, 25, 30, 50) and cifar100_rows.FULL.tuned == (10, 50)
+    assert cifar100_rows.FULL.budget <= 60

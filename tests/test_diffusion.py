@@ -265,7 +265,7 @@ def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
     train, rows, dropped, seen = datasets.load("digits").train, torch.arange(11), 0, []
     plan = training.Plan(steps=100, batch=50, lr=0., decay=False, ema=0., seed=0, flip=False)
     for step in range(100):
-        x0, y, t, eps = diffusion.draw(train, plan, step, rows, Schedule())
+        x0, y, t, eps = diffusion.training_batch(train, plan, step, rows, Schedule())
         labels = train.labels[training.batch_index(len(train.labels), 50, step, 0)]
         assert ((y == labels) | (y == 10)).all() and t.min() >= 0 and t.max() <= 999
         dropped += int((y == 10).sum())
@@ -278,9 +278,9 @@ def test_one_label_in_ten_is_dropped_and_every_image_is_seen_once_an_epoch():
 def test_a_step_is_a_function_of_its_number():
     train, rows = datasets.load("digits").train, torch.arange(11)
     plan = training.Plan(steps=20, batch=8, lr=0., decay=False, ema=0., seed=3, flip=True)
-    one, two = (diffusion.draw(train, plan, 17, rows, Schedule()) for _ in range(2))
+    one, two = (diffusion.training_batch(train, plan, 17, rows, Schedule()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    other = diffusion.draw(train, plan, 18, rows, Schedule())
+    other = diffusion.training_batch(train, plan, 18, rows, Schedule())
     assert not torch.equal(one[3], other[3])
 
 

@@ -238,7 +238,7 @@ def test_out_of_memory_names_the_flag_that_helps(imagenet, sentence, monkeypatch
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(training.Trainer, "update", full)
+    monkeypatch.setattr(training.Trainer, "step", full)
     said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root, "--vae", imagenet.vae)
     assert "out of memory" in said and "--recompute" in said and "--batch" in said
 

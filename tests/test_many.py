@@ -15,7 +15,6 @@ from nanodd import files
 from nanodd.data import imageset
 from nanodd.networks import latents
 
-pytestmark = pytest.mark.xdist_group("many")                    # they share the fixture below
 SCRIPT = pathlib.Path(__file__).parent / "many.py"
 
 

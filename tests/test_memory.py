@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import memory
-from memory import Memory, rules
+from memory import Memory, rule_pair
 from nanodd.errors import UserError
 
 
@@ -84,15 +84,15 @@ def test_a_rule_gets_what_was_ever_pushed_and_random_numbers_that_resume(monkeyp
 
 
 def test_adaptive_is_the_papers_pair():
-    assert rules("adaptive") == ("max", "max") and rules("fifo") == ("fifo", "fifo")
-    assert rules("max,min") == ("max", "min") and rules("max") == ("max", "max")
+    assert rule_pair("adaptive") == ("max", "max") and rule_pair("fifo") == ("fifo", "fifo")
+    assert rule_pair("max,min") == ("max", "min") and rule_pair("max") == ("max", "max")
     with pytest.raises(UserError, match="REAL,GENERATED"):
-        rules("newest")
+        rule_pair("newest")
 
 
 def test_the_demonstration_shows_the_rare_mode_kept(capsys, sentence):
     memory.main([])
-    rare = {line.split()[0]: int(line.split("slots | ")[1].split()[0])
+    rare = {line.split()[0]: int(line.split("| ")[1].split()[0])
             for line in capsys.readouterr().out.splitlines() if "rare" in line}
     assert rare["max"] > 2 * rare["fifo"]
     assert "--slots" in sentence(memory.main, "--slots", 0)

@@ -49,7 +49,7 @@ def test_hand_computed_vectors():
 
 
 def test_losses_are_compared_before_they_are_remembered():
-    losses = MinMax(1., 1., memory=("fifo", "fifo"), slots=3)
+    losses = MinMax(1., 1., rules=("fifo", "fifo"), slots=3)
     for k in range(4):
         losses(*batch([[float(k), 1.]], [0], reals=[[1., float(k)]]))
     assert losses.generated.get(0).tolist() == [[1, 1], [2, 1], [3, 1]]
@@ -167,6 +167,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(kill_and_resume):
         name = "base" if module == "diffusion" else "minimax"
         resume = pathlib.Path(f"cut/{name}.resume.pt")
         said = kill_and_resume(module, [*argv, "--out", "cut"], resume)
-        assert "going on from step" in said and not resume.exists()
+        assert "resuming from step" in said and not resume.exists()
         whole, cut = (files.load_tensors(f"{out}/{name}.safetensors") for out in ("whole", "cut"))
         assert files.fingerprint(whole) == files.fingerprint(cut)

@@ -232,7 +232,7 @@ def test_a_table_without_a_null_row_drops_no_label():
     rows = torch.tensor([*range(10), -1])
     plan = training.Plan(steps=5, batch=64, lr=0., decay=False, ema=0., seed=0, flip=False)
     for step in range(5):
-        _, y, _, _ = diffusion.draw(train, plan, step, rows, uvit.ContinuousSchedule())
+        _, y, _, _ = diffusion.training_batch(train, plan, step, rows, uvit.ContinuousSchedule())
         index = training.batch_index(len(train.labels), 64, step, 0)
         assert torch.equal(y, train.labels[index])
 

@@ -1,1 +1,1 @@
-"""Image sets: what is learned, what is tested on."""
+"""Data sets: the images to train on and the images to test on."""

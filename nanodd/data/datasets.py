@@ -14,11 +14,14 @@ from nanodd import recipes
 from nanodd.data import archives, imageset
 from nanodd.errors import UserError
 
+# ----------------------------------------------------------------------------------------------------
+# 1. A data set by its name
+
 
 class Data(NamedTuple):
-    """name: what out/NAME is called. train, test: ImageSet or ImageFiles; test is for reporting only.
+    """A data set. name: the NAME of out/NAME. test is for reporting alone.
 
-    cut: in words, which images these are. skip_broken: whether images that cannot be read are left out.
+    cut: the split in words, with its counts. skip_broken: whether images that cannot be read are left out.
     """
     name: str
     recipe: recipes.Recipe
@@ -29,7 +32,7 @@ class Data(NamedTuple):
 
 
 def data_name(data, root=None, validation=False):
-    """What out/NAME is called: the built-in name, or the folder's own. Raises UserError if there is none."""
+    """The NAME of out/NAME: the built-in name, or the folder's own. Raises UserError if there is none."""
     if data in recipes.BUILT_IN:
         if root and data == "digits":
             raise UserError("the digits come with scikit-learn: leave --root out")
@@ -46,18 +49,18 @@ def data_name(data, root=None, validation=False):
             raise UserError("--data DIR already says where the files are: leave --root out")
         name = pathlib.Path(data).resolve().name
     if name != data and name in recipes.BUILT_IN:
-        meant = f", or say --data {name} --root {root or data} if it is that one" * (name != "digits")
+        advice = f", or say --data {name} --root {root or data} if it is that one" * (name != "digits")
         raise UserError(f"a folder called {name} would share out/{name} with a built-in data set: rename it"
-                        + meant)
+                        + advice)
     return name + "-validation" if validation else name
 
 
 def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
     """The data set called `data`, or the folder of that name, as Data.
 
-    root: where its files are. recipe: the name of another data set's recipe, to borrow it.
-    validation: hold the test split back altogether; a fixed fifth of the training split takes its place
-    (and "-validation" is added to the name), so that defaults are never chosen on the test split.
+    root: the folder of its files. recipe: the name of another data set's recipe, None for its own.
+    validation: the test split is not used; a fixed fifth of the training split is held out in its place (and
+    "-validation" is added to the name), so that defaults are never chosen on the test split.
     Raises UserError where there is no such data set, folder or recipe, or where a split lacks a class.
     """
     name = data_name(data, root, validation)
@@ -81,59 +84,67 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
         train, test = split(train, .2)
     train, test = (part._replace(skip_broken=skip_broken) if isinstance(part, imageset.ImageFiles) else part
                    for part in (train, test))
-    if not recipe.latents:                                      # pixels are learned from memory
+    if not recipe.latents:                                      # pixels are trained on from memory
         train, test = train.read(), test.read()
     cut = f"{split_name}{len(train.labels):,} images to train on, {len(test.labels):,} to test"
     return Data(name, recipe, train, test, cut, skip_broken)
 
 
 def describe(data):
-    """Prints what was found: how many images, of which size, how many a class; and the recipe."""
+    """Prints how many images were read, their size, how many there are of a class, and the recipe."""
     classes = data.train.classes
     print(f"{data.name} | {data.cut} | {len(classes)} classes: {', '.join(classes[:12])}")
     for part, images in (("train", data.train), ("test", data.test)):
         counts = Counter(images.labels.tolist())
         if isinstance(images, imageset.ImageFiles):
-            what = f"files, read at {images.size} px"
+            summary = f"files, read at {images.size} px"
         else:
-            what = f"{tuple(images.images.shape)} {images.images.dtype}"
-        print(f"{part:5} | {what} | {min(counts.values())} to {max(counts.values())} images a class")
+            summary = f"{tuple(images.images.shape)} {images.images.dtype}"
+        print(f"{part:5} | {summary} | {min(counts.values())} to {max(counts.values())} images a class")
     print("recipe | " + " ".join(f"{field.name}={getattr(data.recipe, field.name)}"
                                  for field in fields(data.recipe)))
 
 
+# ----------------------------------------------------------------------------------------------------
+# 2. The fixed split, the digits, and folders
+
+
 def split(whole, fraction):
-    """A fixed split that keeps the shares of the classes: (1 - fraction, fraction) of an ImageSet."""
-    fewest = int(whole.labels.bincount().argmin())
-    if (whole.labels == fewest).sum() < 2:
-        raise UserError(f"the class {whole.classes[fewest]} has one image only: two are needed, to hold one "
+    """A fixed, stratified split of `whole`, an ImageSet or ImageFiles: (1 - fraction of it, fraction of it).
+
+    Raises UserError where a class has a single image, or `fraction` of all holds fewer images than classes.
+    """
+    rarest = int(whole.labels.bincount().argmin())
+    if (whole.labels == rarest).sum() < 2:
+        raise UserError(f"the class {whole.classes[rarest]} has one image only: two are needed, to hold one "
                         "back")
     try:
-        kept, held = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
-                                      stratify=whole.labels.numpy())
-    except ValueError as error:                                 # fewer images than classes to hold back
+        train, test = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
+                                       stratify=whole.labels.numpy())
+    except ValueError as error:                                 # fewer images than classes to hold out
         raise UserError(f"too few images to hold {fraction:.0%} of each class back: {error}") from error
-    return whole.pick(torch.from_numpy(np.sort(kept))), whole.pick(torch.from_numpy(np.sort(held)))
+    return whole.pick(torch.from_numpy(np.sort(train))), whole.pick(torch.from_numpy(np.sort(test)))
 
 
 def digits(recipe):
     """scikit-learn's 1,797 handwritten digits (8x8, 17 grey levels; Alpaydin & Kaynak 1998, CC BY 4.0).
 
-    Brought to the recipe's size and channels, split 70/30 once and for all: two ImageSets,
-    1257 images to train on and 540 to test.
+    They are brought to the recipe's size and channels. Returns a fixed 70/30 split, two ImageSets: 1,257
+    images to train on and 540 to test.
     """
-    found = load_digits()
-    images = torch.from_numpy(found.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
     images = TF.resize(images, recipe.size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round()
-    images = images.to(torch.uint8).expand(-1, recipe.channels, -1, -1).contiguous()
-    names = [str(name) for name in found.target_names]
-    return split(imageset.ImageSet(images, torch.from_numpy(found.target), names), .3)
+    images = images.to(torch.uint8).expand(-1, recipe.channels, -1, -1).contiguous()  # (1797, C, size, size)
+    names = [str(name) for name in bunch.target_names]
+    return split(imageset.ImageSet(images, torch.from_numpy(bunch.target), names), .3)
 
 
 def folder(root, recipe, skip_broken=False):
-    """DIR/train with DIR/test or DIR/val; without those, DIR's class folders are split 80/20, said aloud.
+    """The images in DIR/train and DIR/test or DIR/val; without those, a fixed 80/20 split of DIR's classes.
 
-    Two ImageSets; two ImageFiles where the recipe draws latents, whose pictures are large.
+    Returns two ImageSets, or two ImageFiles where the recipe draws latents, since its pictures are large.
+    Raises UserError as imageset.read_set, or where DIR or its test folder is missing.
     """
     def part(path):
         if recipe.latents:
@@ -142,9 +153,9 @@ def folder(root, recipe, skip_broken=False):
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     if (root / "train").is_dir():
-        held = imageset.test_folder(root)
-        train, test = part(root / "train"), part(held)
-        imageset.check_classes(test.classes, train.classes, held)
+        test_dir = imageset.test_folder(root)
+        train, test = part(root / "train"), part(test_dir)
+        imageset.check_classes(test.classes, train.classes, test_dir)
         return train, test
     print(f"{root} has no train/ and test/: a fixed fifth of it is held back to test on")
     return split(part(root), .2)

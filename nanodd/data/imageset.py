@@ -2,9 +2,9 @@
 
     images (N, C, H, W) uint8        labels (N,) int64 in 0..K-1        classes: K names
 
-What is small enough to sit in memory sits there, decoded once; of larger pictures only the paths are held.
-A class is a NAME wherever files are involved: its label is its position in `classes`, so a folder that lost a
-class is an error and never a shift of labels.
+Small pictures are decoded once, into memory (ImageSet); of larger ones the paths are stored (ImageFiles).
+In files a class is identified by its name, and its label is its position in `classes`: a folder that lacks a
+class is therefore an error and never shifts the labels.
 """
 import hashlib
 import pathlib
@@ -38,20 +38,24 @@ class ImageSet(NamedTuple):
         return ImageSet(self.images[index], self.labels[index], self.classes)
 
     def to(self, device):
+        """The same set on `device`."""
         return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
 
     def read(self):
-        """Itself: it was read already."""
+        """The set itself, which is in memory already."""
         return self
 
     def examples(self, index, mirrored, rng):
-        """What the diffusion model learns from: (B, C, H, W) in [-1, 1]; mirrored (B,) bool, or None."""
+        """Training images of the diffusion model at `index` (B,): (B, C, H, W) float in [-1, 1].
+
+        mirrored: (B,) bool, or None to mirror none. rng is not used here, but by latents.Latents.
+        """
         x = to_float(self.images[index])
         return x if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
 
 
 class ImageFiles(NamedTuple):
-    """An ImageSet still on disk: N paths in place of images, which read() decodes to (channels, size, size).
+    """An ImageSet on disk, with N paths in place of images; read() decodes them to (channels, size, size).
 
     labels: (N,) int64 in 0..K-1. classes: list of K names, in label order. skip_broken: whether images that
     cannot be read are left out.
@@ -69,13 +73,14 @@ class ImageFiles(NamedTuple):
         return self._replace(files=[self.files[i] for i in positions], labels=self.labels[positions])
 
     def to(self, device):
-        """Itself: nothing of it is on a device before it is read."""
+        """The set itself: files are on no device."""
         return self
 
     def read(self):
-        """Decodes all of it, several files at a time: an ImageSet.
+        """Decodes all files, several at a time, and returns an ImageSet.
 
-        Raises UserError, naming the first and counting, where images cannot be read and shall not be skipped.
+        Raises UserError where images cannot be read and skip_broken is false (it names the first and counts
+        them), where no image can be read, or where they have several sizes.
         """
         def attempt(path):
             try:
@@ -90,26 +95,26 @@ class ImageFiles(NamedTuple):
                             "--skip-broken leaves them out)")
         for error in broken:
             print(f"left out: {error}", file=sys.stderr)
-        whole = torch.tensor([isinstance(image, torch.Tensor) for image in images])
+        readable = torch.tensor([isinstance(image, torch.Tensor) for image in images])
         images = [image for image in images if isinstance(image, torch.Tensor)]
         if len({image.shape for image in images}) > 1:
             raise UserError(f"the images beside {self.files[0]} have several sizes; a size to bring them to "
                             "is needed")
         if not images:
             raise UserError(f"none of the images beside {self.files[0]} can be read")
-        return ImageSet(torch.stack(images), self.labels[whole], self.classes)
+        return ImageSet(torch.stack(images), self.labels[readable], self.classes)
 
 
 def fingerprint(train, times=False):
-    """A fingerprint of a set: images, labels and classes; of files their names, sizes and (on demand) times.
+    """A fingerprint of a set: of images, labels and classes; of files by name, size and (if `times`) time.
 
-    It stands among a run's settings, so that a run on other pictures is never taken for this one.
+    It is one of a run's settings, so that a run on other pictures is never resumed as this one.
     """
     facts = [train.classes]
     if isinstance(train, ImageFiles):
         for file in train.files:
-            found = file.stat()
-            facts.append((file.parent.name, file.name, found.st_size, found.st_mtime_ns if times else None))
+            stat = file.stat()
+            facts.append((file.parent.name, file.name, stat.st_size, stat.st_mtime_ns if times else None))
     else:
         facts.append(files.fingerprint({"images": train.images, "labels": train.labels}))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] + " " + " ".join(train.classes)[:60]
@@ -133,8 +138,8 @@ def open_image(path, size=None, channels=3):
     """One image file of any mode -> (channels, H, W) uint8; with `size`, resized and centre-cropped to it.
 
     channels: 1 (grey), 3 (colour) or None (as the file has it).
-    Transparency is laid over white; 16-bit grey is scaled by 1/257, where PIL's own conversion would clip it;
-    a camera's rotation flag is obeyed. Raises UserError, naming the file, where it cannot be read.
+    Transparent images are composed over white; 16-bit grey is scaled by 1/257, where PIL's own conversion
+    clips it; a camera's rotation flag is applied. Raises UserError, naming the file, where it cannot be read.
     """
     try:
         with Image.open(path) as image:
@@ -155,13 +160,13 @@ def open_image(path, size=None, channels=3):
 
 
 def write_png(path, image):
-    """(C, H, W) uint8 -> a PNG file, appearing whole or not at all."""
+    """(C, H, W) uint8 -> a PNG file, written atomically."""
     with files.atomic_write(path) as temporary:
         TF.to_pil_image(image).save(temporary, format="PNG")
 
 
 def resize_and_crop(images, size, channels):
-    """uint8 (N, 1 or 3, H, W) -> (N, channels, size, size), centre-cropped; size None: as large as it is."""
+    """uint8 (N, 1 or 3, H, W) -> (N, channels, size, size), centre-cropped; size None keeps the size."""
     if images.shape[1] > channels:
         images = TF.rgb_to_grayscale(images)
     images = images.expand(-1, channels, -1, -1)
@@ -177,8 +182,8 @@ def resize_and_crop(images, size, channels):
 def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     """Reads a folder of class folders, or an .npz with images, labels and classes, as an ImageSet.
 
-    size, channels: what each image is brought to. classes: the names in label order; a folder that lacks one
-    of them or has another is an error. Without it the sorted folder names are the classes.
+    size, channels: of the returned images, as in open_image. classes: the names in label order; a folder
+    that lacks one of them or has another is an error. Without it the sorted folder names are the classes.
     Raises UserError for a missing or empty folder, an unreadable image that is not to be skipped, a class
     without images.
     """
@@ -188,28 +193,32 @@ def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     if path.suffix != ".npz" and not path.is_dir():
         raise UserError(f"{path} is neither a folder of class folders nor an .npz")
     if path.suffix == ".npz":
-        found = read_npz(path, size, channels)
+        dataset = read_npz(path, size, channels)
     else:
-        found = list_folder(path, size, channels)._replace(skip_broken=skip_broken).read()
-    classes = list(classes or found.classes)
-    check_classes(found.classes, classes, path)
-    position = torch.tensor([classes.index(name) for name in found.classes])
-    found = ImageSet(found.images, position[found.labels], classes)
-    empty = [classes[c] for c in range(len(classes)) if not (found.labels == c).any()]
-    if empty:
-        raise UserError(f"{path} has no images of {', '.join(empty)}")
-    return found
+        dataset = list_folder(path, size, channels)._replace(skip_broken=skip_broken).read()
+    classes = list(classes or dataset.classes)
+    check_classes(dataset.classes, classes, path)
+    position = torch.tensor([classes.index(name) for name in dataset.classes])
+    dataset = ImageSet(dataset.images, position[dataset.labels], classes)
+    empty_classes = [classes[c] for c in range(len(classes)) if not (dataset.labels == c).any()]
+    if empty_classes:
+        raise UserError(f"{path} has no images of {', '.join(empty_classes)}")
+    return dataset
 
 
 def check_classes(found, wanted, path):
-    """Refuses a folder that lacks a class of the data set or has another one."""
-    lost, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if lost or extra:
-        raise UserError(f"{path} has other classes than the data set: missing {lost}, unexpected {extra}")
+    """Raises UserError where the class names in `path`, found, are not those of the data set, wanted."""
+    missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unexpected:
+        raise UserError(f"{path} has other classes than the data set: missing {missing}, "
+                        f"unexpected {unexpected}")
 
 
 def list_folder(path, size, channels, classes=None):
-    """A folder of class folders -> ImageFiles, classes sorted by name (or those asked for), files as well."""
+    """A folder of class folders -> ImageFiles. Classes (unless they are given) and files are sorted by name.
+
+    Raises UserError where there are no class folders, or no images in one of them.
+    """
     if classes is None:
         classes = sorted(entry.name for entry in path.iterdir()
                          if entry.is_dir() and not entry.name.startswith("."))
@@ -217,17 +226,20 @@ def list_folder(path, size, channels, classes=None):
         raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("[!.]*")
-                       if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not found:
+        class_files = sorted(file for file in (path / name).rglob("[!.]*")
+                             if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not class_files:
             raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
-        paths += found
-        labels += [label] * len(found)
+        paths += class_files
+        labels += [label] * len(class_files)
     return ImageFiles(paths, torch.tensor(labels), classes, size, channels)
 
 
 def read_npz(path, size, channels):
-    """An .npz as sample.py writes it (images (N, C, H, W) uint8, labels (N,), classes (K,)) -> ImageSet."""
+    """An .npz as sample.py writes it (images (N, C, H, W) uint8, labels (N,), classes (K,)) -> ImageSet.
+
+    Raises UserError where it has other contents.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
@@ -245,7 +257,7 @@ def read_npz(path, size, channels):
 
 
 def test_folder(root, names=("test", "val")):
-    """ROOT/test or ROOT/val, whichever of the names comes first. Raises UserError where neither is there."""
+    """The first of ROOT/test and ROOT/val that is a folder. Raises UserError where neither is."""
     test = next((root / name for name in names if (root / name).is_dir()), None)
     if test is None:
         raise UserError(f"{root}/train needs {root}/{names[0]} or {root}/{names[1]} beside it")
@@ -255,8 +267,8 @@ def test_folder(root, names=("test", "val")):
 def split_folders(root, held, size, channels, title, count):
     """ROOT/train and the folder `held`, both of class folders: two ImageFiles.
 
-    Raises UserError where they do not have the `count` classes of the data set called `title`: the names
-    betray a wrong --root before a million pictures of another data set are read.
+    Raises UserError where they do not have the `count` classes of the data set called `title`, so that a
+    wrong --root is noticed before a million pictures of another data set are read.
     """
     train, test = (list_folder(path, size, channels) for path in (root / "train", held))
     if len(train.classes) != count:
@@ -266,7 +278,7 @@ def split_folders(root, held, size, channels, title, count):
 
 
 def check_folders(path, classes, name, hint=""):
-    """Refuses a folder in which class folders of the data set `name` are missing."""
+    """Raises UserError, with `hint` at its end, where `path` lacks class folders of the data set `name`."""
     missing = [wnid for wnid in classes if not (path / wnid).is_dir()]
     if missing:
         raise UserError(f"{path}/{missing[0]} is missing, and {len(missing)} of the {len(classes)} "

@@ -1,1 +1,1 @@
-"""What train_eval.py stands on."""
+"""Judges (classifiers trained from scratch on a small set alone) and baselines: used by train_eval.py."""

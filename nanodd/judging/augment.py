@@ -1,6 +1,6 @@
-"""From a stored image to what a judge sees; and post data augmentation, done once to a finished set.
+"""From a stored image to a judge's input; and post data augmentation, done once to a finished set.
 
-x is (B, C, H, W) float, and rng a generator on its device that draws new numbers for each image.
+x is (B, C, H, W) float, and rng a generator on its device, with new random numbers for each image.
 Sources: Su et al. 2024 (post data augmentation).
 """
 import functools
@@ -23,9 +23,9 @@ def flip(x, rng):
 
 
 def warp(x, matrix, outside="zeros"):
-    """Samples x at matrix (B, 2, 2) times the coordinates from its centre, bilinear.
+    """x, bilinearly sampled at matrix (B, 2, 2) times the coordinates from its centre, which are in [-1, 1].
 
-    outside: how grid_sample fills what lies outside of the image.
+    outside: grid_sample's padding_mode, which fills the pixels outside of the image.
     """
     theta = torch.cat([matrix, torch.zeros_like(matrix[:, :, :1])], dim=2)  # (B, 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)         # (B, H, W, 2)
@@ -33,7 +33,7 @@ def warp(x, matrix, outside="zeros"):
 
 
 def rotate_by(x, angle, outside="zeros"):
-    """Turns each image by its own angle (B,), in radians."""
+    """Rotates each image by its own angle (B,), in radians."""
     c, s = angle.cos(), angle.sin()
     return warp(x, torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1), outside)
 
@@ -49,7 +49,7 @@ def constant(numbers, device):
 
 
 def resized(images, size):
-    """uint8 (N, C, H, W) -> uint8 (N, C, size, size), bicubic."""
+    """uint8 (N, C, H, W), square -> uint8 (N, C, size, size), bicubic."""
     if images.shape[-1] == size:
         return images
     return torch.cat([resize(part, size, InterpolationMode.BICUBIC) for part in images.split(1024)])
@@ -73,11 +73,12 @@ def normalise(images, recipe):
 def post_augment(images, recipe, rng):
     """An augmented copy of each image (Su et al. 2024): (N, C, H, W) uint8 -> uint8. rng: on the CPU.
 
-    Mirrored with probability .8; contrast and brightness changed by up to .2 with .5; turned by up to 60
-    degrees with .8; taken to a power in [.8, 1.2] with .5 (albumentations' defaults). Where recipe.flip is
-    false, nothing is mirrored, or turned by more than 15 degrees: a 6 that is turned far is a 9. Su et al.
-    also flip .8 of the images upside down, which is left out: no test image stands on its head. The corners
-    that turning uncovers are filled by reflection, as theirs are: black ones would mark the copies.
+    Each image is mirrored with probability .8; its contrast and brightness change by up to .2 with
+    probability .5; it is rotated by up to 60 degrees with .8, and raised to a power in [.8, 1.2] with .5
+    (albumentations' defaults). Where recipe.flip is false, no image is mirrored, or rotated by more than 15
+    degrees: a 6 that is rotated far is a 9. Su et al. also flip .8 of the images upside down, which is left
+    out, since no test image is upside down. The corners that a rotation uncovers are filled by reflection, as
+    theirs are: black ones would mark the copies.
     """
     u = torch.rand(8, len(images), 1, 1, 1, generator=rng).to(images.device)  # (8, N, 1, 1, 1)
     x = images.float() / 255

@@ -1,4 +1,4 @@
-"""Selections of real images, which a distilled set is compared with; what the rows of a table say together.
+"""Selections of real images, which a distilled set is compared with; scores of several rows together.
 
     HLR = acc(all real images) - acc(the set)          IOR = acc(the set) - acc(as many random real images)
 
@@ -21,12 +21,12 @@ from nanodd.judging import augment
 # ----------------------------------------------------------------------------------------------------
 # 1. Selections: ipc images a class, out of the real ones
 #
-# A selector is (train, ipc, features (N, F), rng) -> ImageSet. Of image files only those that
-# were chosen are read; k-means reads one class at a time.
+# A selector is (train, ipc, features (N, F), rng) -> ImageSet. Of image files only the chosen ones are read;
+# k-means reads one class at a time.
 
 
 def class_indices(images, c, ipc, name="the real set"):
-    """Positions of the images of class c, (n,). Raises UserError where there are fewer than ipc."""
+    """Positions of the images of class c: (n,) int64. Raises UserError where there are fewer than ipc."""
     indices = (images.labels == c).nonzero().squeeze(1)                     # (n,)
     if len(indices) < ipc:
         raise UserError(f"{name} has {len(indices)} images of the class {images.classes[c]}, "
@@ -35,7 +35,7 @@ def class_indices(images, c, ipc, name="the real set"):
 
 
 def per_class(choose):
-    """A selector from choose(features (n, F), ipc, rng) -> (ipc,) positions, which sees one class."""
+    """The selector that calls choose(features (n, F) of one class, ipc, rng) -> (ipc,) positions."""
     def select(train, ipc, features, rng):
         chosen = []
         for c in range(len(train.classes)):
@@ -44,13 +44,13 @@ def per_class(choose):
         selected = train.pick(torch.cat(chosen)).read()
         if len(selected.labels) == ipc * len(train.classes):
             return selected
-        readable = train.read()                      # a chosen file is broken: choose anew
+        readable = train.read()                                 # a chosen file is broken: choose again
         return select(readable, ipc, readable.labels, rng)
     return select
 
 
 def choose_random(features, ipc, rng):
-    """ipc of n at random."""
+    """ipc of n positions at random."""
     return torch.randperm(len(features), generator=rng)[:ipc]
 
 
@@ -76,15 +76,15 @@ def choose_kcenter(features, ipc, rng):
 
 
 def kmeans(train, ipc, features, rng):
-    """Class-wise k-means on the pixels: the centroids themselves, averages of real images."""
+    """k-means on the pixels of each class: the images are the centroids, which average real images."""
     images = []
     for c in range(len(train.classes)):
-        one = train.pick(train.labels == c).read()
-        pixels = one.images[class_indices(one, c, ipc)].flatten(1)          # (n, C H W)
+        members = train.pick(train.labels == c).read()
+        pixels = members.images[class_indices(members, c, ipc)].flatten(1)  # (n, C H W)
         seed = int(torch.randint(2**31, (), generator=rng))
         centroids = KMeans(ipc, n_init=3, random_state=seed).fit(pixels.cpu().double().numpy())
         centroids = torch.from_numpy(centroids.cluster_centers_)            # (ipc, C H W)
-        images.append(centroids.round().to(torch.uint8).view(ipc, *one.images.shape[1:]))
+        images.append(centroids.round().to(torch.uint8).view(ipc, *members.images.shape[1:]))
     labels = torch.arange(len(train.classes)).repeat_interleave(ipc)
     return imageset.ImageSet(torch.cat(images), labels, train.classes)
 
@@ -98,7 +98,7 @@ SELECTORS = {"random": per_class(choose_random), "herding": per_class(choose_her
 
 
 def read_distilled(path, data):
-    """A distilled folder or .npz, at the size of data.train."""
+    """The ImageSet of a distilled folder or .npz, at the size of data.train. Raises as imageset.read_set."""
     recipe = data.recipe
     return imageset.read_set(path, recipe.judge_size if recipe.latents else recipe.size, recipe.colours,
                              data.train.classes, data.skip_broken)
@@ -114,9 +114,9 @@ def first_per_class(images, ipc, name="the real set"):
 
 
 class Pool:
-    """Where training sets come from: the real training images, and distilled sets, each read once.
+    """The source of training sets: the real training images, and distilled sets, each read once.
 
-    device: where training sets go, and data.train is, if it is an ImageSet.
+    device: of the training sets, and of data.train where it is an ImageSet.
     """
 
     def __init__(self, data, device):
@@ -130,8 +130,8 @@ class Pool:
         return self.distilled_sets[path]
 
     def select(self, name, ipc, rng, embed):
-        """An ImageSet that `name` chose. embed: ImageSet -> (N, F), called once, for herding or k-center."""
-        if name in ("random", "kmeans"):                        # they look at no features
+        """The ImageSet that the selector `name` chooses. embed: ImageSet -> (N, F), called at most once."""
+        if name in ("random", "kmeans"):                        # neither uses features
             return SELECTORS[name](self.data.train, ipc, self.data.train.labels, rng)
         if self.embedded is None:
             images = self.data.train.read().to(self.device)
@@ -163,10 +163,10 @@ class Pool:
     def training_sets(self, source, ipc, pda, seeds, embed):
         """A training set for each seed, with `pda` augmented copies of each image.
 
-        A single one, where the source is not drawn at random: all judges of a row train on it.
+        There is a single one where the source is not random: all judges of a row then train on it.
         """
-        drawn, sets = any(name in ("random", "kmeans") for name in source.split("+")), []
-        for seed in seeds if drawn else seeds[:1]:
+        is_random, sets = any(name in ("random", "kmeans") for name in source.split("+")), []
+        for seed in seeds if is_random else seeds[:1]:
             rng = torch.Generator().manual_seed(seed)
             images = self.training_set(source, ipc, rng, embed)
             sets.append(augment.with_copies(images, pda, self.data.recipe, rng) if pda else images)
@@ -177,20 +177,20 @@ def plan_rows(sources, pda, ipc, pool, home, always, remedy):
     """What the rows of a table are trained on: ([(source, augmented copies)], images per class).
 
     sources: as typed; "distilled" becomes its path in `home`. pda: copies of each of their images. ipc: None
-    takes as many images as the smallest class of the first distilled set has, or 10. always: the sources that
-    are added, without copies. remedy: what a user without a distilled set is told to do.
-    Raises UserError, before anything is trained, where a set is not there or a class has too few images.
+    is the size of the smallest class of the first distilled set, or 10. always: sources that are added,
+    without copies. remedy: the advice to a user without a distilled set.
+    Raises UserError, before anything is trained, where a set is missing or a class has too few images.
     """
-    made = next((home / kind for kind in ("distilled", "distilled.npz") if (home / kind).exists()), None)
+    distilled = next((home / kind for kind in ("distilled", "distilled.npz") if (home / kind).exists()), None)
     rows = []
     for source in sources or ["distilled"]:
         parts = source.split("+")
-        if "distilled" in parts and made is None:
+        if "distilled" in parts and distilled is None:
             raise UserError(f"there is no {home / 'distilled'}: {remedy}")
         for k, part in enumerate(parts):
             if part in SELECTORS or part == "full":
                 continue
-            parts[k] = part = os.path.relpath(made if part == "distilled" else part)
+            parts[k] = part = os.path.relpath(distilled if part == "distilled" else part)
             if not os.path.exists(part):
                 raise UserError(f"there is no {part}: a SOURCE is a folder, an .npz, distilled, full or "
                                 f"one of {', '.join(SELECTORS)}")
@@ -208,15 +208,15 @@ def plan_rows(sources, pda, ipc, pool, home, always, remedy):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. Scores: what rows say together
+# 3. Scores of several rows together
 
 
 def hlr_ior(own, full, random):
     """Hard label recovery and improvement over random, as fractions, of three mean accuracies in percent.
 
-    A lower HLR is better, and a higher IOR. Both are DD-Ranking's (Li et al. 2025), whose formulas want
-    fractions; its code 0.2.0 gives them percent. Copies (--pda) count as part of the set: the random images
-    have none.
+    A lower HLR is better, and a higher IOR. Both are DD-Ranking's (Li et al. 2025), whose formulas take
+    fractions; its code 0.2.0 passes percent. Copies (--pda) count as part of the set; the random images have
+    none.
     """
     return round((full - own) / 100, 6), round((own - random) / 100, 6)
 
@@ -224,16 +224,16 @@ def hlr_ior(own, full, random):
 def score_rows(rows):
     """HLR and IOR of each of the rows, if among them are a full one and a random one of its size.
 
-    Returns rows for results.jsonl too, which "kind": "scores" tells from the judges'.
+    The returned rows go to results.jsonl too; "kind": "scores" distinguishes them from rows of judges.
     """
-    plain = {row["train"]: row for row in rows if not row["pda"]}
-    full, random = plain.get("full"), plain.get("random")
+    without_copies = {row["train"]: row for row in rows if not row["pda"]}
+    full_row, random_row = without_copies.get("full"), without_copies.get("random")
     scores = []
-    for row in rows if full and random else []:
-        if row not in (full, random) and row["ipc"] == random["ipc"]:
-            hlr, ior = hlr_ior(row["mean"], full["mean"], random["mean"])
-            facts = {key: row[key] for key in ("data", "cut", "train", "ipc", "protocol")}
-            scores.append({"kind": "scores", **facts, "hlr": hlr, "ior": ior})
+    for row in rows if full_row and random_row else []:
+        if row not in (full_row, random_row) and row["ipc"] == random_row["ipc"]:
+            hlr, ior = hlr_ior(row["mean"], full_row["mean"], random_row["mean"])
+            fields = {key: row[key] for key in ("data", "cut", "train", "ipc", "protocol")}
+            scores.append({"kind": "scores", **fields, "hlr": hlr, "ior": ior})
     return scores
 
 
@@ -243,33 +243,33 @@ CHALLENGE = {"cifar100": 32, "tiny-imagenet": 64}               # the challenge'
 def challenge_score(rows):
     """The challenge's score, percent: the mean over its data sets of a distilled set's accuracy.
 
-    rows: of results.jsonl, of which a data set's last exact one counts: its own recipe and judges, three or
-    more, after all 1,001 epochs in float32, on the test split. None as long as a data set has no such row.
+    rows: of results.jsonl. For each data set the last exact row counts: one with its own recipe, three or
+    more judges, all 1,001 epochs in float32, and the test split. None while a data set has no such row.
     """
     means = {}
     for row in rows:
-        exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
-                 and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
-                 and row.get("recipe") == row["data"] and "bf16" not in row["device"])
-        if exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
+        is_exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
+                    and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
+                    and row.get("recipe") == row["data"] and "bf16" not in row["device"])
+        if is_exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
             means[row["data"]] = row["mean"]
     return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
 
 
 def print_challenge_score(log, name):
-    """Prints the score, where it is complete. log: the results.jsonl of the data set `name`.
+    """Prints the score, where both data sets have a row. log: the results.jsonl of the data set `name`.
 
-    The other data set's is at the same place, out/tiny-imagenet/X for out/cifar100/X.
+    The path of the other data set's file differs by its name: out/tiny-imagenet/X for out/cifar100/X.
     """
-    before, found, after = str(log).rpartition(name)
-    logs = [pathlib.Path(before + other + after) for other in CHALLENGE if found and name in CHALLENGE]
+    head, match, tail = str(log).rpartition(name)
+    logs = [pathlib.Path(head + dataset + tail) for dataset in CHALLENGE if match and name in CHALLENGE]
     score = challenge_score([row for path in logs for row in read_rows(path)])
     if score is not None:
         print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")
 
 
 def read_rows(path):
-    """The rows of a results.jsonl, none where there is no such file."""
+    """The rows of a results.jsonl: a list of dicts, empty where there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -283,7 +283,7 @@ TABLE_HEADER = f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   b
 
 
 def table_line(row):
-    """A row of judges, as it is printed below the header."""
+    """A row of judges, as it is printed below TABLE_HEADER."""
     spread = f"+- {row['std']:.2f}" if row["std"] is not None else "       "
     return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | "
             f"{row['mean']:6.2f} {spread:7} ({row['runs']}) | "

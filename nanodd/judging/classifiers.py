@@ -12,6 +12,9 @@ from torch import nn
 
 from nanodd.errors import UserError
 
+# ----------------------------------------------------------------------------------------------------
+# 1. Residual networks
+
 
 def norm(channels):
     """Instance norm, as in convnet.py: GroupNorm with one channel per group."""
@@ -21,7 +24,7 @@ def norm(channels):
 class Block(nn.Module):
     """Two convolutions beside a shortcut: (B, C, H, W) -> (B, width, H / stride, W / stride).
 
-    averaged: 2x2 averages halve the size, after the first ReLU and in the shortcut, in place of strides.
+    averaged: 2x2 average pooling, after the first ReLU and in the shortcut, in place of strides.
     """
 
     def __init__(self, channels, width, stride, averaged):
@@ -42,8 +45,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """Four stages of `blocks` blocks, 64 to 512 wide: (B, channels, size, size) float -> (B, classes) logits.
 
-    averaged: a ResNetAP, whose stem and blocks average where a ResNet takes strides and maxima.
-    The stem leaves images of up to 64 pixels their size, halves those of up to 128, and quarters larger ones.
+    averaged: a ResNetAP, whose stem and blocks have average pooling in place of strides and max pooling.
+    The stem keeps the size of images of up to 64 pixels, halves it up to 128, and quarters larger ones.
     Raises UserError below 16 pixels: instance norm turns the 1x1 maps of the last stage into zeros.
     """
 
@@ -56,11 +59,11 @@ class ResNet(nn.Module):
                 nn.ReLU(inplace=True)]
         if size > 64:
             stem += [nn.AvgPool2d(4 if size > 128 else 2) if averaged else nn.MaxPool2d(3, 2, padding=1)]
-        stages, before = [], 64
+        stages, inputs = [], 64
         for width in (64, 128, 256, 512):
             for k in range(blocks):
-                stages += [Block(before, width, 2 if k == 0 and width > 64 else 1, averaged)]
-                before = width
+                stages += [Block(inputs, width, 2 if k == 0 and width > 64 else 1, averaged)]
+                inputs = width
         self.features = nn.Sequential(*stem, *stages)
         self.classifier = nn.Linear(512, classes)
         for layer in self.features.modules():
@@ -69,29 +72,33 @@ class ResNet(nn.Module):
 
     def embed(self, x):
         """The features that herding and k-center measure distances in: (B, C, H, W) -> (B, 512)."""
-        return self.features(x).mean(dim=(2, 3))
+        return self.features(x).mean(dim=(2, 3))                # (B, 512, h, w) -> (B, 512)
 
     def forward(self, x):
         return self.classifier(self.embed(x))
 
 
+# ----------------------------------------------------------------------------------------------------
+# 2. Any network of timm's
+
+
 class Timm(nn.Module):
     """timm's network `name`, untrained: (B, channels, size, size) float -> (B, classes) logits.
 
-    Raises UserError where timm has no such network, or where it cannot take the images; one is tried.
+    Raises UserError where timm has no such network, or where that cannot take such images (one is tried).
     """
 
     def __init__(self, name, size, channels, classes):
-        import timm                                             # a second, which the others need not pay
+        import timm                                             # a slow import: only where it is needed
         super().__init__()
         if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), cutoff=0.5)
+            similar = difflib.get_close_matches(name, timm.list_models(), cutoff=0.5)
             raise UserError(f"timm has no network called {name}; "
-                            f"{', '.join(close) or 'timm.list_models()'} is what it has")
+                            f"{', '.join(similar) or 'timm.list_models()'} is what it has")
         try:
-            fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+            needs_size = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
             self.net = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels,
-                                         **({"img_size": size} if fixed else {}))
+                                         **({"img_size": size} if needs_size else {}))
             with torch.no_grad():
                 self.net.eval()(torch.zeros(1, channels, size, size))
             self.net.train()

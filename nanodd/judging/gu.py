@@ -1,7 +1,7 @@
 """The judges' protocol for ImageNet's subsets: Kim et al. 2022's augmentations with Gu et al. 2024's numbers.
 
 x (B, C, S, S) is square, and in [0, 1] until it is normalised. rng: a generator on its device; cpu_rng: one
-on the CPU, for what Python has to know (a GPU would make it wait).
+on the CPU, for numbers that Python reads (a GPU would make it wait).
 Sources: Kim et al. 2022, Gu et al. 2024, Yun et al. 2019 (CutMix), Krizhevsky et al. 2012 (lighting).
 """
 import math
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from nanodd.judging import augment
-
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Augmentation
@@ -33,37 +32,37 @@ def random_boxes(B, S, rng):
 
 
 def crop_and_resize(x, corners, sides):
-    """Enlarges the box of each image to the image's size, bilinear; nothing outside the box has a share."""
+    """Resizes the box of each image to the image's size, bilinear; pixels outside of it do not contribute."""
     S = x.shape[-1]
     along = (torch.arange(S, device=x.device) + 0.5) * (sides / S)[:, :, None] - 0.5  # (2, B, S)
-    along = corners[:, :, None] + along.clamp(min=0).minimum(sides[:, :, None] - 1)     # in pixels
+    along = corners[:, :, None] + along.clamp(min=0).minimum(sides[:, :, None] - 1)  # in pixels
     rows, columns = (2 * along + 1) / S - 1                                 # in grid_sample's units
-    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)
-    return F.grid_sample(x, grid, align_corners=False)                      # grid: (B, S, S, 2)
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=3)  # (B, S, S, 2)
+    return F.grid_sample(x, grid, align_corners=False)                      # (B, C, S, S)
 
 
 def color_jitter(x, rng, cpu_rng):
-    """Brightness, contrast and saturation: blends x with black, with its mean grey, and with its greys.
+    """Brightness, contrast and saturation: blends x with black, with its mean grey, and with its grey image.
 
-    Each goes by alpha in [-.4, .4], drawn for each image, and away where alpha is negative. The order of the
-    three is drawn for the batch, by cpu_rng.
+    Each blend has the weight alpha in [-.4, .4], drawn for each image; a negative one moves x away
+    from the other image. The order of the three is drawn for the whole batch, by cpu_rng.
     """
     alpha = torch.rand(3, len(x), 1, 1, 1, generator=rng, device=x.device) * 0.8 - 0.4  # (3, B, 1, 1, 1)
-    ends = (torch.zeros_like, lambda x: rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True),
-            rgb_to_grayscale)
+    targets = (torch.zeros_like, lambda x: rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True),
+               rgb_to_grayscale)
     for k in torch.randperm(3, generator=cpu_rng).tolist():
-        x = x.lerp(ends[k](x), alpha[k])
+        x = x.lerp(targets[k](x), alpha[k])
     return x
 
 
-# ImageNet's principal colours, columns, times their eigenvalues (Krizhevsky et al. 2012)
+# columns: ImageNet's principal colours, each times its eigenvalue (Krizhevsky et al. 2012)
 PRINCIPAL = torch.tensor([[-0.5675, 0.7192, 0.4009],
                           [-0.5808, -0.0045, -0.8140],
                           [-0.5836, -0.6948, 0.4203]]) * torch.tensor([0.2175, 0.0188, 0.0045])
 
 
 def lighting(x, rng):
-    """Adds one colour to the whole image: N(0, .1^2) of each principal one. One channel stays as it is."""
+    """Adds one colour to the whole image: N(0, .1^2) times each principal one. Grey images do not change."""
     if x.shape[1] != 3:
         return x
     alpha = 0.1 * torch.randn(len(x), 1, 3, generator=rng, device=x.device)
@@ -71,16 +70,16 @@ def lighting(x, rng):
 
 
 def cutmix(x, rng):
-    """Pastes one box, the same for the batch, out of another image (Yun et al. 2019).
+    """Replaces one box, the same for the whole batch, by that of another image (Yun et al. 2019).
 
     Its area is 1 - lam of the image's, lam ~ U(0, 1), less the part of the box that falls outside.
-    Returns (mixed x, partner (B,): whose box it is, own: the share of the area that is the image's own).
+    Returns (mixed x, partner (B,): the index of the other image, own: the share of the image's own area).
     """
     B, _, H, W = x.shape
     partner = torch.randperm(B, generator=rng, device=x.device)             # (B,)
     u = torch.rand(3, generator=rng, device=x.device)
-    cut = (1 - u[0]).sqrt()
-    half_h, half_w = (H * cut).long() // 2, (W * cut).long() // 2
+    cut_ratio = (1 - u[0]).sqrt()
+    half_h, half_w = (H * cut_ratio).long() // 2, (W * cut_ratio).long() // 2
     cy, cx = (H * u[1]).long(), (W * u[2]).long()
     rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
     in_rows = (rows >= cy - half_h) & (rows < cy + half_h)                  # (H,)
@@ -90,7 +89,7 @@ def cutmix(x, rng):
 
 
 def augment_and_mix(images, labels, recipe, rng, cpu_rng):
-    """Crops, mirrors, colours, then CutMix: images (B, C, S, S) uint8, labels (B,) -> (x, targets).
+    """Crop, mirror, colour, lighting, CutMix: images (B, C, S, S) uint8, labels (B,) -> (x, targets).
 
     targets: the two labels of each mixed image, each with its share of the area, [(labels (B,), share)].
     """
@@ -107,7 +106,7 @@ def augment_and_mix(images, labels, recipe, rng, cpu_rng):
 
 
 def epochs(recipe, images, classes):
-    """By images a class; with 100 classes two thirds of that, in hundreds (Gu et al. 2024, Table 6)."""
+    """The epochs, by images a class; for 100 classes two thirds, in hundreds (Gu et al. 2024, Table 6)."""
     table = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500), (math.inf, 300))
     count = next(count for most, count in table if images // classes <= most)
     return 2 * count // 300 * 100 if classes == 100 else count

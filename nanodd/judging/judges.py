@@ -1,11 +1,11 @@
 """Many judges side by side, each saved while it trains and resumed where it was stopped.
 
 A judge is a classifier trained from scratch on a small set alone. Its training loop is `train` of
-train_eval.py, a generator that yields after every epoch. What happens between two epochs stands here: the
-accuracy on the test images, the progress bar, and the file from which a stopped judge resumes.
+train_eval.py, a generator that yields after every epoch. This file does what happens between two epochs:
+the accuracy on the test images, the progress bar, and the file from which a stopped judge resumes.
 
-On a CPU judges train at once, in threads: a small batch keeps two cores less busy than two batches do. On a
-GPU they train one by one.
+On a CPU several judges train at the same time, in threads, since one small batch does not use two cores
+fully. On a GPU they train one by one.
 """
 import functools
 import hashlib
@@ -24,8 +24,7 @@ from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.judging import augment
 
-clock = time.monotonic         # in seconds; a test puts its own in place
-
+clock = time.monotonic         # seconds; tests replace it
 
 # ----------------------------------------------------------------------------------------------------
 # 1. A judge in training, and the file it resumes from
@@ -34,7 +33,7 @@ clock = time.monotonic         # in seconds; a test puts its own in place
 class JudgeRun(NamedTuple):
     """A judge in training: the network, its training set, its seed and its random number generators.
 
-    rng: on the judge's device. cpu_rng: on the CPU, for draws that Python has to know; a GPU would make it
+    rng: on the judge's device. cpu_rng: on the CPU, for numbers that Python reads; a GPU would make it
     wait. On a CPU the two are the same generator.
     """
     judge: torch.nn.Module
@@ -45,12 +44,12 @@ class JudgeRun(NamedTuple):
 
 
 def new_run(build, images, recipe, seed):
-    """An untrained judge for `images`, an ImageSet at the judge's size; its random numbers follow the seed.
+    """An untrained judge for `images`, an ImageSet at the judge's size; `seed` fixes its random numbers.
 
     build: (net, size, channels, classes) -> untrained network.
     """
     device = images.images.device
-    with torch.random.fork_rng(devices=[]):                     # nobody else's random numbers change
+    with torch.random.fork_rng(devices=[]):                     # torch's own generator does not change
         torch.manual_seed(seed)
         judge = build(recipe.net, recipe.judge_size, recipe.colours, len(images.classes)).to(device)
     rng = torch.Generator(device).manual_seed(seed)
@@ -68,6 +67,7 @@ class JudgeCheckpoint:
         self.folder, self.began, self.earlier = folder, clock(), 0.0
 
     def path(self, run):
+        """The file of this judge."""
         return self.folder / f"seed{run.seed}.pt"
 
     def exists(self, run):
@@ -75,7 +75,7 @@ class JudgeCheckpoint:
         return self.folder is not None and self.path(run).is_file()
 
     def save(self, run, epoch, optimizer, accuracies):
-        """Saves everything that the epochs after number `epoch` depend on."""
+        """Saves the state after epoch number `epoch`, on which all later epochs depend."""
         files.save_state(self.path(run), {
             "epoch": epoch, "accuracies": accuracies, "optimizer": optimizer.state_dict(),
             "judge": run.judge.state_dict(), "rng": run.rng.get_state(), "cpu_rng": run.cpu_rng.get_state(),
@@ -92,7 +92,7 @@ class JudgeCheckpoint:
         run.judge.load_state_dict(state["judge"])
         run.rng.set_state(state["rng"])
         run.cpu_rng.set_state(state["cpu_rng"])
-        optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)         # its state brings all numbers
+        optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)         # the saved state has its numbers
         optimizer.load_state_dict(state["optimizer"])
         self.earlier = max(self.earlier, state["seconds"])      # judges in threads share their seconds
         return state["epoch"] + 1, optimizer, state["accuracies"]
@@ -104,19 +104,19 @@ class JudgeCheckpoint:
 
 
 def checkpoint_of(folder, trains, test, *settings):
-    """A JudgeCheckpoint inside of `folder` that only a row of the same images and settings finds again.
+    """A JudgeCheckpoint in a subfolder of `folder`, named by a hash of the row's images and settings.
 
-    The kind of device belongs to the settings: another kind draws other random numbers. folder: None saves
-    nothing.
+    The kind of device is one of the settings, since another kind draws other random numbers. folder: None
+    saves nothing.
     """
     if folder is None:
         return JudgeCheckpoint()
-    facts = [imageset.fingerprint(part) for part in (*trains, test)], test.images.device.type, settings
-    return JudgeCheckpoint(folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16])
+    contents = [imageset.fingerprint(part) for part in (*trains, test)], test.images.device.type, settings
+    return JudgeCheckpoint(folder / hashlib.sha256(repr(contents).encode()).hexdigest()[:16])
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. One judge, from its last state to its last epoch
+# 2. One judge, from its saved state to its last epoch
 
 
 class Stopped(Exception):
@@ -126,7 +126,7 @@ class Stopped(Exception):
 def predictor(device, bf16, stop):
     """predict(network, x (B, C, S, S)) -> logits (B, K) float32. It raises Stopped once `stop` is set.
 
-    bf16: bfloat16 for the network alone: the augmentation's coordinates have to stay in float32.
+    bf16: bfloat16 for the network alone; the augmentation's coordinates must stay in float32.
     """
     def predict(network, x):
         if stop is not None and stop.is_set():
@@ -169,7 +169,7 @@ def train_one(run, test, recipe, epochs, train, accuracy, num_evals, bf16, compi
 def in_threads(work, jobs):
     """[work(job, stop) for each of the jobs], several at a time, which share the CPU's threads evenly.
 
-    stop: a threading.Event, set by the first error and by Ctrl-C; work has to look at it often.
+    stop: a threading.Event, set by the first error and by Ctrl-C; work has to check it often.
     """
     threads, stop = torch.get_num_threads(), threading.Event()
     workers = max(n for n in range(1, min(threads, len(jobs)) + 1) if threads % n == 0)
@@ -184,7 +184,7 @@ def in_threads(work, jobs):
                 stop.set()
         return [future.result() for future in futures]
     finally:
-        torch.set_num_threads(threads)                          # a part of it is for the whole process
+        torch.set_num_threads(threads)                          # the workers' number is process-wide, too
 
 
 def side_by_side(trains, test, recipe, epochs, seeds, *, build, train, accuracy, num_evals, bf16=False,
@@ -194,7 +194,7 @@ def side_by_side(trains, test, recipe, epochs, seeds, *, build, train, accuracy,
     trains: ImageSets, `test` too, all on one device. build: see new_run. train: the generator that trains one
     judge, (judge, images, recipe, epochs, predict, rng, cpu_rng, start, optimizer), which yields (epoch,
     optimizer, loss) after every epoch. accuracy: (predict, images, labels, recipe) -> percent, called at
-    `num_evals` epochs. name: with it, each finished judge is reported on stderr where there is no progress
+    `num_evals` epochs. name: if given, each finished judge is printed on stderr where there is no progress
     bar. checkpoint: a JudgeCheckpoint of these judges alone; their seeds must then differ.
     Raises UserError where a loss is not finite.
     """
@@ -224,7 +224,7 @@ def compiles(build, recipe, classes, device):
     try:
         torch.compile(network)(batch).sum().backward()
     except RuntimeError as error:                               # no compiler, an unsupported Python, ...
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"--compile does nothing here, as torch.compile fails: {why}")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"--compile does nothing here, as torch.compile fails: {reason}")
         return False
     return True

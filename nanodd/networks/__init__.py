@@ -1,1 +1,1 @@
-"""What diffusion.py and minimax.py stand on."""
+"""Networks, their checkpoints and their training: used by diffusion.py, minimax.py and sample.py."""

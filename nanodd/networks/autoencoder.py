@@ -4,8 +4,8 @@
     x_hat = decoder(z / 0.18215)                              decode; neither half is ever trained here
 
 A diffusion model of 256-pixel pictures draws 4,096 numbers instead of 196,608. The factor 0.18215 brings them
-to about unit variance, which the noise schedule takes for granted. Two sets of weights are published, "ema"
-and "mse", one encoder with two decoders; Gu et al. 2024 encode with ema and decode with mse.
+to about unit variance, which the noise schedule assumes. Two sets of weights are published, "ema" and
+"mse", one encoder with two decoders; Gu et al. 2024 encode with ema and decode with mse.
 Sources: Rombach et al. 2022 (latent diffusion); weights stabilityai/sd-vae-ft-ema and -mse (MIT licence,
 335 MB each, fetched once).
 """
@@ -37,10 +37,12 @@ def draw_latent(mean, logvar, noise):
 
 
 def norm(width):
+    """Group norm with 32 groups, over `width` channels."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 
 def conv3(inputs, outputs):
+    """A 3x3 convolution that keeps the size."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
 
 
@@ -62,7 +64,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x)): every cell looks at all cells, with one head of all C channels."""
+    """x + attention(norm(x)), (B, C, H, W) -> (B, C, H, W), with one head of C channels."""
 
     def __init__(self, width):
         super().__init__()
@@ -70,7 +72,7 @@ class AttentionBlock(nn.Module):
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Sequential(nn.Linear(width, width))    # in a list of one: the checkpoints' to_out.0
+        self.to_out = nn.Sequential(nn.Linear(width, width))    # the checkpoints' name is to_out.0
 
     def forward(self, x):
         h = rearrange(self.group_norm(x), "B C H W -> B 1 (H W) C")
@@ -101,7 +103,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """`depth` ResBlocks at one resolution, then the step to the next, if there is a next."""
+    """`depth` ResBlocks at one resolution, then the change to the next one, where there is one."""
 
     def __init__(self, inputs, outputs, depth, down=False, up=False):
         super().__init__()
@@ -128,7 +130,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the posterior's mean and logvar but for a linear mix: (B, 3, H, W) -> (B, 8, H/8, W/8)."""
+    """(B, 3, H, W) -> (B, 8, H/8, W/8), of which quant_conv makes the posterior's mean and logvar."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +147,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)                                                 # (B, 128, H, W)
         for level in self.down_blocks:
             x = level(x)                                        # (B, 128, H/2, W/2) ... (B, 512, H/8, W/8)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # (B, 8, H/8, W/8)
 
 
 class Decoder(nn.Module):
@@ -166,13 +168,13 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))                                 # (B, 512, h, w)
         for level in self.up_blocks:
             x = level(x)                                        # (B, 512, 2h, 2w) ... (B, 128, 8h, 8w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                 # (B, 3, 8h, 8w)
 
 
 class Autoencoder(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8). Both halves without gradients.
 
-    They work in the dtype of the weights, and give float32.
+    They compute in the dtype of the weights, and return float32.
     """
 
     def __init__(self):
@@ -191,15 +193,15 @@ class Autoencoder(nn.Module):
         if x.shape[2] % 8 or x.shape[3] % 8:
             raise UserError(f"the autoencoder takes heights and widths that are multiples of 8, not "
                             f"{x.shape[2]}x{x.shape[3]} pixels")
-        moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))     # (B, 8, H/8, W/8)
-        mean, logvar = moments.float().chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))  # (B, 8, H/8, W/8)
+        mean, logvar = moments.float().chunk(2, dim=1)                      # 2 of (B, 4, H/8, W/8)
         return mean, logvar.clamp(-30, 20)
 
     @torch.no_grad()
     def decode(self, z, chunk=8):
         """SCALED latents z (B, 4, h, w) -> pictures (B, 3, 8h, 8w), about in [-1, 1] but not clipped.
 
-        Decodes `chunk` at a time: at full resolution a picture of 256 pixels takes about 0.3 GB in float32.
+        Decodes `chunk` pictures at a time: one of 256 pixels takes about 0.3 GB at full size, in float32.
         """
         z = (z / SCALE).to(self.post_quant_conv.weight.dtype)
         return torch.cat([self.decoder(self.post_quant_conv(part)).float() for part in z.split(chunk)])
@@ -214,26 +216,27 @@ OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0
 
 
 def renamed(tensors):
-    """{name: tensor} with the attention as it is named and shaped today.
+    """{name: tensor} with the names and shapes that Autoencoder has for the attention layers.
 
-    Older files call its layers query, key, value and proj_attn; some have 1x1 convolutions there.
+    Older files call these layers query, key, value and proj_attn; in some they are 1x1 convolutions.
     """
-    today = {}
+    tensors_renamed = {}
     for name, tensor in tensors.items():
         block, _, layer = name.rpartition("attentions.0.")
         if block:
             layer, _, kind = layer.rpartition(".")
             name = f"{block}attentions.0.{OLDER.get(layer, layer)}.{kind}"
             tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor      # (D, D, 1, 1) -> (D, D)
-        today[name] = tensor
-    return today
+        tensors_renamed[name] = tensor
+    return tensors_renamed
 
 
 def load_autoencoder(source, device="cpu", dtype=torch.float32):
     """The autoencoder with its weights, in eval mode and without gradients.
 
     source: "ema" or "mse", fetched once, or the path of a .safetensors file of the same layout.
-    Raises UserError where the file is absent or damaged, or a tensor is missing, unexpected or misshapen.
+    Raises UserError where the file is absent or damaged, or a tensor is missing, unexpected
+    or of another shape.
     """
     if source in PUBLISHED:
         path = files.fetch(URL.format(PUBLISHED[source]), f"{PUBLISHED[source]}.safetensors", "--vae")
@@ -249,9 +252,9 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
 
 
 def encoder_fingerprint(autoencoder):
-    """The fingerprint of what makes latents, and of nothing else.
+    """The fingerprint of the encoder's weights alone.
 
-    "ema" and "mse" share their encoder, so that latents kept from the one serve the other.
+    "ema" and "mse" share their encoder, so that latents that were saved with one can be used with the other.
     """
     return files.fingerprint({name: tensor for name, tensor in autoencoder.state_dict().items()
-                        if name.startswith(("encoder.", "quant_conv."))})
+                              if name.startswith(("encoder.", "quant_conv."))})

@@ -16,14 +16,14 @@ from nanodd.errors import UserError
 
 
 class Backbone(NamedTuple):
-    """A kind of network, and what belongs to it."""
+    """A kind of network, with its sizes, noise schedule and training plan."""
     network: type              # built from a header's "config": network(**config)
     sizes: dict                # {name: (depth, width, heads)}
     schedule: type             # its noise schedule, schedule(device)
     numbers: Callable          # recipe -> (its size for the data, {field of training.Plan: number})
 
 
-BACKBONES = {}                 # "dit" is entered by diffusion.py, "uvit" by uvit.py, each under its network
+BACKBONES = {}                 # "dit" is registered in diffusion.py, "uvit" in nanodd/networks/uvit.py
 
 
 def choices():
@@ -32,7 +32,7 @@ def choices():
 
 
 def named(network):
-    """A word of --network, or None -> (backbone, its size or None): "S" is a DiT, "uvit-S" a U-ViT."""
+    """The value of --network, None for a DiT -> (backbone, its size or None): "uvit-S" -> ("uvit", "S")."""
     backbone, _, size = (network or "").rpartition("-")
     return ("uvit", None) if network == "uvit" else (backbone or "dit", size or None)
 
@@ -45,7 +45,7 @@ def network_of(backbone="dit", **config):
 
 
 def backbone_of(config):
-    """The Backbone of a checkpoint's "config", which names it unless it is DiT."""
+    """The Backbone of a checkpoint's "config", which names it only where it is not DiT."""
     return BACKBONES[config.get("backbone", "dit")]
 
 
@@ -56,10 +56,11 @@ def width_of(config):
 
 def schedule_of(name, path, device="cpu"):
     """The schedule that the checkpoint at `path` names. Raises UserError for an unknown one."""
-    known = {backbone.schedule.name: backbone.schedule for backbone in BACKBONES.values()}
-    if name not in known:
-        raise UserError(f"{path} was trained with a {name} schedule; {' and '.join(sorted(known))} are here")
-    return known[name](device)
+    schedules = {backbone.schedule.name: backbone.schedule for backbone in BACKBONES.values()}
+    if name not in schedules:
+        raise UserError(f"{path} was trained with a {name} schedule; {' and '.join(sorted(schedules))} "
+                        "are here")
+    return schedules[name](device)
 
 
 def rebuild(config, tensors, path):
@@ -67,10 +68,10 @@ def rebuild(config, tensors, path):
 
     Raises UserError, naming `path` and the tensor, where anything else is missing, extra or of another shape.
     """
-    with torch.device("meta"):                                  # shapes alone: 675M initial weights cost time
+    with torch.device("meta"):                                  # shapes only: initial weights take time
         model = network_of(**config)
-    wanted = model.state_dict()
-    gammas = {name: torch.ones(wanted[name].shape) for name in wanted
+    expected = model.state_dict()
+    gammas = {name: torch.ones(expected[name].shape) for name in expected
               if "gamma" in name and name not in tensors}
     tensors = {name: tensor.float() for name, tensor in tensors.items()}    # some are stored in bfloat16
     files.load_strict(model, {**gammas, **tensors}, path, "network")
@@ -82,7 +83,7 @@ def rebuild(config, tensors, path):
 
 
 def new_header(data, config, settings, command, schedule):
-    """What every checkpoint says of itself: how to build the network again, and where it came from."""
+    """The header of a new checkpoint: how to rebuild the network, and what it was trained on and how."""
     rows = list(range(len(data.train.classes) + 1))             # label rows of the classes, "no class" last
     return {"config": config, "schedule": schedule.name, "latents": data.recipe.latents, "data": data.name,
             "cut": data.cut, "recipe": data.recipe.name, "classes": data.train.classes,
@@ -91,43 +92,47 @@ def new_header(data, config, settings, command, schedule):
 
 
 def save_checkpoint(path, tensors, header):
-    """Writes {name: tensor} and a JSON header (its fingerprint added) to `path`, whole or not at all."""
+    """Writes {name: tensor} and a JSON header (with its fingerprint) to `path` atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.save_tensors(path, tensors, {**header, "fingerprint": files.fingerprint(tensors)})
 
 
 def rows_of(header, classes, path):
-    """The label-table rows (K + 1,) of `classes`, found by name in a checkpoint's header, "no class" last."""
-    strange = [name for name in classes if name not in header["classes"]]
-    if strange:
+    """The label-table rows of `classes`, looked up by name in a checkpoint's header: list of K + 1.
+
+    The last row means "no class". Raises UserError where the header lacks a class.
+    """
+    unknown_classes = [name for name in classes if name not in header["classes"]]
+    if unknown_classes:
         raise UserError(f"{path} knows the {len(header['classes'])} classes of {header['data']}, "
-                        f"but not {strange[0]}")
-    *rows, none = header["rows"]
+                        f"but not {unknown_classes[0]}")
+    *rows, null_row = header["rows"]
     row = dict(zip(header["classes"], rows, strict=True))
-    return [*(row[name] for name in classes), none]
+    return [*(row[name] for name in classes), null_row]
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. Running again: the same settings are finished, others are refused
+# 3. Running a command again: a result of the same settings is left as it is, another one is refused
 
 
 def check_settings(found, wanted, path):
-    """Refuses to go on with `path` if it was made with other settings (dicts), and names the difference."""
-    other = [f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here" for key in sorted({*found, *wanted})
-             if found.get(key) != wanted.get(key)]
-    if other:
-        raise UserError(f"{path} was made with other settings ({'; '.join(other)}): "
+    """Raises UserError, naming the differences, if `path` was made with other settings; both are dicts."""
+    differences = [f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here"
+                   for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if differences:
+        raise UserError(f"{path} was made with other settings ({'; '.join(differences)}): "
                         f"choose --out ELSEWHERE, or --overwrite to replace it")
 
 
 def finished(path, settings, overwrite):
-    """True where `path` already holds the result of these settings; refuses others' unless `overwrite`.
+    """Whether `path` already holds the result of these settings.
 
-    What is to be overwritten stays until the new result is whole.
+    Raises UserError where it holds another result, unless `overwrite`; that one is replaced only once the new
+    one is complete.
     """
-    found = files.read_header(path)["settings"] if path.exists() else None
-    if found == settings:
+    saved_settings = files.read_header(path)["settings"] if path.exists() else None
+    if saved_settings == settings:
         print(f"{path} is finished (same settings): left as it is")
-    elif found is not None and not overwrite:
-        check_settings(found, settings, path)
-    return found == settings
+    elif saved_settings is not None and not overwrite:
+        check_settings(saved_settings, settings, path)
+    return saved_settings == settings

@@ -30,7 +30,7 @@ def posterior(abar, abar_prev):
 def posterior_table(schedule):
     """(4, T) float32 on the schedule's device: a, b, log variance and log beta of each step t -> t - 1.
 
-    The variance of t = 0 is zero, and takes that of t = 1 in its place (Nichol & Dhariwal 2021).
+    The variance at t = 0 is zero, and is replaced by the one at t = 1 (Nichol & Dhariwal 2021).
     """
     a, b, variance, beta = posterior(schedule.abar, F.pad(schedule.abar[:-1], (1, 0), value=1.0))
     variance[0] = variance[1]
@@ -38,7 +38,10 @@ def posterior_table(schedule):
 
 
 def learned_log_variance(logits, log_variance, log_beta):
-    """Linear in logits, not clamped: the posterior's at -1, beta's at +1 (Nichol & Dhariwal 2021, eq. 15)."""
+    """The log variance, linear in logits: the posterior's at -1, beta's at +1; not clamped.
+
+    Nichol & Dhariwal 2021, eq. 15.
+    """
     share = (logits + 1) / 2
     return share * log_beta + (1 - share) * log_variance
 
@@ -53,7 +56,7 @@ def variational_bound(schedule, x0, xt, t, eps_hat, logits):
     Nichol & Dhariwal 2021, eq. 4 to 6 and 16. DiT takes the bins of 8-bit pixels at t = 0 for latents, too,
     where they mean nothing; so does this function, since the published weights were trained with it.
     """
-    a, b, log_variance, log_beta = posterior_table(schedule)[:, t].view(4, -1, 1, 1, 1)   # 4 of (B, 1, 1, 1)
+    a, b, log_variance, log_beta = posterior_table(schedule)[:, t].view(4, -1, 1, 1, 1)  # 4 of (B, 1, 1, 1)
     mean = a * schedule.x0_from_eps(xt, t, eps_hat) + b * xt
     learned = learned_log_variance(logits, log_variance, log_beta)
     bound = torch.where((t == 0).view(-1, 1, 1, 1), discretised_nll(x0, mean, learned),
@@ -105,7 +108,7 @@ def ddpm_step(xt, x0_hat, abar, abar_prev, noise=0.0, logits=None):
 
 def ddpm(sampler, predict, noise):
     """Ancestral sampling: a network call at every time of the grid, the last step to the image itself."""
-    abar, x = [*map(sampler.schedule.abar_at, sampler.times), 1.0], noise(0)        # (B, C, H, W)
+    abar, x = [*map(sampler.schedule.abar_at, sampler.times), 1.0], noise(0)  # (B, C, H, W)
     for k, t in enumerate(sampler.times):
         eps_hat, logits = predict(x, t)
         x0_hat = (x - math.sqrt(1 - abar[k]) * eps_hat) / math.sqrt(abar[k])

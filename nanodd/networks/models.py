@@ -15,7 +15,7 @@ from nanodd.networks import checkpoint, latents, published, training, uvit
 
 
 class Start(NamedTuple):
-    """All that a training loop and training.fit need."""
+    """What a training loop and training.fit need."""
     trainer: training.Trainer
     examples: imageset.ImageSet | latents.Latents               # on the device
     rows: torch.Tensor         # (K + 1,) label-table row of each class, "no class" last
@@ -24,7 +24,7 @@ class Start(NamedTuple):
 
 
 def planned(data, run, network, steps):
-    """(config, training.Plan) of the network that is to learn `data`; arguments: as diffusion.train_base."""
+    """(config, training.Plan) of the network to train on `data`. The arguments are diffusion.train_base's."""
     (backbone, size), recipe = checkpoint.named(network), data.recipe
     own_size, numbers = checkpoint.BACKBONES[backbone].numbers(recipe)
     config = {**({} if backbone == "dit" else {"backbone": backbone}), "network": size or own_size,
@@ -36,7 +36,7 @@ def planned(data, run, network, steps):
 
 
 def describe_base(data, path, run, network, steps):
-    """--dry-run: prints what was read, and which network would learn it in how many steps."""
+    """--dry-run: prints the data set, the size of the network that would be trained, and its steps."""
     config, plan = planned(data, run, network, steps)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in checkpoint.network_of(**config).parameters())
@@ -45,28 +45,36 @@ def describe_base(data, path, run, network, steps):
           f"{path}: the same command without --dry-run")
 
 
+def describe_phases(data, phases):
+    """--dry-run of minimax.py: prints what was read, and which classes would be tuned into which file."""
+    datasets.describe(data)
+    for path, (first, last) in phases.items():
+        print(f"would tune on the classes {first}-{last} and write {path}: "
+              "the same command without --dry-run")
+
+
 def new_base(data, path, run, network=None, steps=None, weights=None):
-    """The Start of a base model of `data`; None where `path` holds it. Arguments: as diffusion.train_base.
+    """The Start of training a base model; None where none is left to train. Arguments: train_base's.
 
     Raises UserError where there are fewer steps than 1 (0 with weights, which are then written as they are),
-    where `path` is of other settings, or the weights do not fit.
+    where `path` has other settings, or the weights do not fit.
     """
     (config, plan), device = planned(data, run, network, steps), run.device
     if plan.steps < (weights is None):
         raise UserError(f"--steps must be at least 1 (0 with --weights), not {plan.steps}")
-    first = uvit.read_weights(weights, config, data.recipe) if weights else None
+    initial = uvit.read_weights(weights, config, data.recipe) if weights else None
     if plan.steps == 0:
-        return uvit.import_weights(data, first, path, run)
+        return uvit.import_weights(data, initial, path, run)
     settings = {**config, **plan._asdict(), "data": imageset.fingerprint(data.train),
                 "encoder": latents.source_name(run.vae) if data.recipe.latents else None,
-                **({"weights": files.fingerprint(first.tensors)} if first else {})}
+                **({"weights": files.fingerprint(initial.tensors)} if initial else {})}
     if checkpoint.finished(path, settings, run.overwrite):
         return None
     examples = latents.prepared(data, run)
     torch.manual_seed(plan.seed)                                # the initial weights
     model = checkpoint.network_of(**config)
-    if first:
-        uvit.start_from(model, first, data.train.classes)
+    if initial:
+        uvit.start_from(model, initial, data.train.classes)
     model = model.to(device)
     model.recompute = run.recompute
     parameters = sum(p.numel() for p in model.parameters())
@@ -86,10 +94,10 @@ def new_base(data, path, run, network=None, steps=None, weights=None):
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint -> (network in eval mode, header); a fine-tuned one is laid over the base that it names.
+    """A checkpoint -> (network in eval mode, header), whose "weights" identifies all files that were read.
 
-    The header's "weights" then identifies all of the network's tensors, its base's among them.
-    Raises UserError where the base is gone or another one, or a tensor is missing, extra or of another shape.
+    A fine-tuned checkpoint has the tuned tensors alone; the others are read from the base that it names.
+    Raises UserError where the base is missing or another one, or a tensor is missing, extra or misshapen.
     """
     path = pathlib.Path(path)
     header = files.read_header(path)
@@ -107,24 +115,24 @@ def load_model(path, device="cpu"):
 
 
 def base_of(args, data, run, train_base):
-    """The path of the base model to fine-tune; makes it, or takes the published weights, where there is none.
+    """The path of the base model to fine-tune; trains it, or fetches the published one, where it is missing.
 
-    train_base: (data, path, run), which trains one. Raises UserError where --base is not there, or the
-    published weights do not know a class.
+    train_base: (data, path, run), which trains one and writes it. Raises UserError where --base is missing,
+    or the published weights do not know a class.
     """
-    home, recipe = pathlib.Path("out", data.name), data.recipe
-    path = args.base or (args.out or home) / "base.safetensors"
+    folder, recipe = pathlib.Path("out", data.name), data.recipe
+    path = args.base or (args.out or folder) / "base.safetensors"
     if not args.base and not path.is_file():
-        path = home / path.name
+        path = folder / path.name
     if path.is_file():
         return path
     if args.base:
         raise UserError(f"there is no {path}: python diffusion.py makes a base model")
     if recipe.weights:
-        strange = sorted(set(data.train.classes) - set(archives.imagenet_classes()))
-        if strange:
-            raise UserError(f"the published weights do not know the class {strange[0]}: train a base model, "
-                            f"python diffusion.py{cli.data_flags(args, '--recipe')}")
+        unknown_classes = sorted(set(data.train.classes) - set(archives.imagenet_classes()))
+        if unknown_classes:
+            raise UserError(f"the published weights do not know the class {unknown_classes[0]}: train a base "
+                            f"model, python diffusion.py{cli.data_flags(args, '--recipe')}")
         if not published.published_base(recipe).is_file():
             published.import_weights(recipe, None, run)
         return published.published_base(recipe)
@@ -134,7 +142,7 @@ def base_of(args, data, run, train_base):
 
 
 def check_base(header, base, data):
-    """Refuses a base model that is none, or of other classes or sizes. Returns the classes' rows (K + 1,)."""
+    """The classes' label-table rows, a list of K + 1. Raises UserError where the base model does not fit."""
     recipe, config = data.recipe, header["config"]
     if "base" in header:
         raise UserError(f"{base} is fine-tuned already: start from a base model")
@@ -142,8 +150,8 @@ def check_base(header, base, data):
     if header["data"] != "imagenet" and (header["data"], header["classes"]) != (data.name, classes):
         raise UserError(f"{base} is of the data set {header['data']} with {len(header['classes'])} classes, "
                         f"not of {data.name} with {len(classes)}")
-    drawn = config["size"], config["channels"], header["latents"]
-    if drawn != (recipe.size, recipe.channels, recipe.latents):
+    base_shape = config["size"], config["channels"], header["latents"]
+    if base_shape != (recipe.size, recipe.channels, recipe.latents):
         raise UserError(f"{base} draws {config['channels']} x {config['size']} "
                         f"{'latents' if header['latents'] else 'pixels'}, but the recipe has "
                         f"{recipe.channels} x {recipe.size} {'latents' if recipe.latents else 'pixels'}")
@@ -151,32 +159,32 @@ def check_base(header, base, data):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. The network that sample.py draws with
+# 3. The network that sample.py draws images with
 
 
 class Trained(NamedTuple):
-    """A trained network, and all that belongs to drawing with it."""
+    """A trained network, and what sampling needs beside it."""
     source: str                # the file, or how many phases, in words
     network: torch.nn.Module   # on the device, in bf16 or float32
     header: dict               # its classes and rows are those that can be drawn
     phases: list               # (first, last, {name: tensor}): the weights of the classes first to last
     schedule: object
     guide: dict                # keywords of sample.guided: guidance, channels, interval
-    decode: Callable           # what was drawn -> (B, C, H, W) about [-1, 1]
+    decode: Callable           # samples -> pictures (B, C, H, W), about in [-1, 1]
     autoencoder: str | None    # its fingerprint; None for pixels
     bf16: bool
 
 
 def for_sampling(args, run, name, out):
-    """The Trained network of the data set `name` that the flags ask for.
+    """The Trained network of the data set `name` that the flags choose.
 
     out: the folder of results. Raises UserError as find_checkpoint, load_for_sampling and checks.guidance_of.
     """
-    home = pathlib.Path("out", name)
-    source = find_checkpoint(args.checkpoint, [out, home], f"python minimax.py{cli.data_flags(args)}",
+    folder = pathlib.Path("out", name)
+    source = find_checkpoint(args.checkpoint, [out, folder], f"python minimax.py{cli.data_flags(args)}",
                              pathlib.Path("weights", name, "base.safetensors"))
     network, header, phases = load_for_sampling(source, name, run.device)
-    schedule = checkpoint.schedule_of(header["schedule"], home, run.device)
+    schedule = checkpoint.schedule_of(header["schedule"], source, run.device)
     guide = checks.guidance_of(args, header, schedule.T - 1)
     bf16 = run.in_bf16(checkpoint.width_of(header["config"]))
     network = network.to(torch.bfloat16 if bf16 else torch.float32)
@@ -188,18 +196,19 @@ def for_sampling(args, run, name, out):
 
 
 def find_checkpoint(given, folders, redo, shipped):
-    """What to sample from: a file, or a list of phases that should hold all classes between them.
+    """The checkpoint to sample from: a path, or a list of paths, of phases that together have all classes.
 
-    given: --checkpoint, a file or a folder, or None for the first of `folders` that holds any. redo: the
-    command that makes one. shipped: a base model that may have come with the code, for those who have none.
+    given: --checkpoint, a file or a folder, or None for the first of `folders` with a fine-tuned model. redo:
+    the command that makes one. shipped: a base model that may come with the code, used where no other is.
+    Raises UserError where there is no checkpoint, or a folder has both kinds.
     """
-    own = any(any(folder.glob("*.safetensors")) for folder in folders)
-    if given is None and not own and shipped.is_file():
+    exists = any(any(folder.glob("*.safetensors")) for folder in folders)
+    if given is None and not exists and shipped.is_file():
         print(f"no checkpoint in {folders[-1]} yet: drawing from {shipped}, which came with the code and was "
               f"made by: {files.read_header(shipped)['command']}")
         return shipped
-    tuned = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
-    folder = given or (tuned or folders)[0]
+    tuned_folders = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
+    folder = given or (tuned_folders or folders)[0]
     if folder.is_file():
         return folder
     path, phases = folder / "minimax.safetensors", sorted(folder.glob("minimax-*-*.safetensors"))
@@ -212,7 +221,7 @@ def find_checkpoint(given, folders, redo, shipped):
 
 
 def load_for_sampling(source, name, device):
-    """The network to draw the data set `name` with -> (network, header, phases), the fields of Trained.
+    """The network to draw the data set `name` with: (network, header, phases), as in Trained.
 
     source: a file, or a list of phases that were tuned from the same base with the same settings. The
     header's "weights" identifies all files. Raises UserError where it is of another data set, or phases
@@ -221,56 +230,58 @@ def load_for_sampling(source, name, device):
     paths = source if isinstance(source, list) else [source]
     headers = sorted(((files.read_header(path), path) for path in paths), key=lambda pair: pair[0]["phase"])
     header, first_path = headers[0]
-    published = archives.class_list(name) if header["data"] == "imagenet" and "base" not in header else None
-    if header["data"] != name and not published:
+    subset = archives.class_list(name) if header["data"] == "imagenet" and "base" not in header else None
+    if header["data"] != name and not subset:
         raise UserError(f"{first_path} is of the data set {header['data']}, not {name}: "
                         "say which with --data, --root or --validation")
     network, header = load_model(first_path, device)
     if source is not first_path:
         return network, *load_phases(headers, header, device)
-    first, last = header["phase"]                               # one file: what it can draw is enough
-    classes = header["classes"][first:last + 1] if header["data"] == name else published
+    first, last = header["phase"]                               # one file: it need not have all classes
+    classes = header["classes"][first:last + 1] if header["data"] == name else subset
     rows = checkpoint.rows_of(header, classes, source)
     return network, {**header, "classes": classes, "rows": rows}, [(0, len(classes) - 1, {})]
 
 
 def load_phases(headers, header, device):
-    """The tensors of all phases -> (header, [(first, last, {name: tensor})]).
+    """Reads the tensors of all phases: (header, [(first, last, {name: tensor})]).
 
-    headers: [(header, path)] in the order of their classes. header: of the first, from load_model.
+    headers: [(header, path)] in the order of their classes. header: the first phase's, from load_model.
     Raises UserError as load_for_sampling does.
     """
-    (_, first_path), phases, expected, weights = headers[0], [], 0, header["weights"]
-    for other, path in headers:
-        first, last = other["phase"]
-        differ = [key for key, value in other["settings"].items() if value != header["settings"].get(key)
-                  and key not in ("data", "steps")]             # their images, and how many these are
-        if differ:
-            raise UserError(f"{path} was tuned with another {differ[0]} ({other['settings'][differ[0]]!r}) "
-                            f"than {first_path} ({header['settings'][differ[0]]!r}): tune all phases alike")
-        if first != expected:
-            raise UserError(f"{path} has the classes {first}-{last}, but class {expected} should come next: "
-                            "run the missing --classes, or remove what overlaps")
-        expected = last + 1
+    (_, first_path), phases, next_class, weights = headers[0], [], 0, header["weights"]
+    for other_header, path in headers:
+        first, last = other_header["phase"]
+        differences = [key for key, value in other_header["settings"].items()
+                       if value != header["settings"].get(key)
+                       and key not in ("data", "steps")]        # both follow from the phase's images
+        if differences:
+            key = differences[0]
+            raise UserError(f"{path} was tuned with another {key} ({other_header['settings'][key]!r}) than "
+                            f"{first_path} ({header['settings'][key]!r}): tune all phases alike")
+        if first != next_class:
+            raise UserError(f"{path} has the classes {first}-{last}, but class {next_class} should come "
+                            "next: run the missing --classes, or remove what overlaps")
+        next_class = last + 1
         tensors = {key: tensor.to(device) for key, tensor in files.load_tensors(path).items()}
         phases.append((first, last, tensors))
-        weights += "+" + other["fingerprint"]
-    if expected != len(header["classes"]):
-        raise UserError(f"no phase has the classes {expected}-{len(header['classes']) - 1}: run the missing "
-                        "--classes")
+        weights += "+" + other_header["fingerprint"]
+    if next_class != len(header["classes"]):
+        raise UserError(f"no phase has the classes {next_class}-{len(header['classes']) - 1}: run the "
+                        "missing --classes")
     return {**header, "weights": weights}, phases
 
 
 @torch.no_grad()
 def load_weights_into(network, tensors):
-    """Copies {name: tensor} into the network's parameters of those names; the others stay the base's."""
+    """Copies {name: tensor} into the network's parameters of those names; the others do not change."""
     parameters = dict(network.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
 
 
 def by_phase(trained, labels):
-    """Loads one phase's weights after the other -> the positions in `labels` of the classes it can draw."""
+    """Loads the weights of one phase after the other, and yields the positions of its classes in `labels`."""
     for first, last, tensors in trained.phases:
         positions = [i for i, label in enumerate(labels) if first <= label <= last]
         if positions:
@@ -279,7 +290,7 @@ def by_phase(trained, labels):
 
 
 def pictures_of(trained, x):
-    """What was drawn, x (B, C, H, W) float -> pictures (B, C, H, W) uint8 on the CPU; latents are decoded.
+    """Samples x (B, C, H, W) float -> pictures (B, C, H, W) uint8 on the CPU; latents are decoded.
 
     Raises UserError where x is not finite.
     """

@@ -10,19 +10,22 @@ from nanodd.data import archives
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
 
+# ----------------------------------------------------------------------------------------------------
+# 1. Reading a published file
+
 PUBLISHED = "https://dl.fbaipublicfiles.com/DiT/models/{}.pt"
 
 
 def read_published(path, read_config, kind):
-    """A published .pt or .pth -> ({name: tensor}, config). Of a training checkpoint the averaged weights.
+    """A published .pt or .pth -> ({name: tensor}, config). A training checkpoint gives its averaged weights.
 
-    read_config: {name: tensor} -> config, read off the shapes. kind: what the network is called.
-    Raises UserError where the file is no such thing.
+    read_config: {name: tensor} -> config, from the tensors' shapes. kind: the network's name in the message.
+    Raises UserError where the file is missing or has other contents.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"there is no file {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold one
+        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints have one
             state = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name: tensor.float() for name, tensor in state.get("ema", state).items()}
         return tensors, read_config(tensors)
@@ -46,20 +49,24 @@ def dit_config(tensors):
 def check_size(found, wanted, file, name):
     """Raises UserError where published weights' config `found` differs from `wanted` in one of its keys.
 
-    name: of the recipe that wants them.
+    name: the recipe's.
     """
-    other = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
-    if other:
-        raise UserError(f"{file} is of another size than the recipe {name} ({', '.join(other)}): choose "
-                        "another --recipe")
+    differences = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if differences:
+        raise UserError(f"{file} is of another size than the recipe {name} ({', '.join(differences)}): "
+                        "choose another --recipe")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The base model made from it
 
 
 def published_base(recipe):
-    """Where a recipe's published weights lie, once they are a checkpoint of ours: all data sets share it."""
+    """The path of the base model made from a recipe's published weights, which all data sets share."""
     return pathlib.Path("out", recipe.weights, "base.safetensors")
 
 
-def take(args, run):
+def import_base(args, run):
     """python diffusion.py --weights [FILE]: the published weights of the recipe become its base model.
 
     Raises UserError where the recipe has none, or a flag makes no sense beside --weights.
@@ -83,20 +90,20 @@ def import_weights(recipe, file, run):
     path = published_base(recipe)
     file = file or files.fetch(PUBLISHED.format(recipe.weights), f"{recipe.weights}.pt",
                                "python diffusion.py --weights")
-    # 2.7 GB in memory once, not once a process
+    # one process reads it: 2.7 GB of memory once, not once a process
     processes.on_first_process(lambda: convert(recipe, pathlib.Path(file), path, run))
     return path
 
 
 def convert(recipe, file, path, run):
-    """Reads the .pt `file` and writes the base checkpoint `path`."""
+    """Reads the .pt `file` and writes the base checkpoint `path`. Raises UserError as import_weights."""
     tensors, config = read_published(file, dit_config, "DiT")
     settings = {"weights": recipe.weights, "fingerprint": files.fingerprint(tensors)}
     if checkpoint.finished(path, settings, run.overwrite):
         return
-    wanted = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
-    check_size(config, wanted, file, recipe.name)
-    checkpoint.rebuild(config, tensors, file)                   # only to refuse what does not fit
+    expected = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
+    check_size(config, expected, file, recipe.name)
+    checkpoint.rebuild(config, tensors, file)                   # raises where a tensor does not fit
     header = {"config": config, "schedule": "linear", "latents": recipe.latents, "data": "imagenet",
               "cut": "published weights", "recipe": recipe.name, "classes": archives.imagenet_classes(),
               "phase": [0, 999], "rows": list(range(1001)), "guidance": recipe.guidance,

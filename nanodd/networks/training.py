@@ -1,4 +1,4 @@
-"""What stands around a training loop: which images a step sees, optimizer, averaged weights, resuming, log.
+"""What surrounds a training loop: the images of a step, optimizer, averaged weights, resuming, log.
 
 The loops themselves are diffusion.train and minimax.tune. Each is a generator that yields after every
 optimizer step, and `fit` runs it to its end: between two yields all state is consistent and can be saved.
@@ -30,7 +30,7 @@ def shuffled(n, seed, epoch):
 
 @functools.lru_cache(maxsize=1)
 def batch_index(n, batch, step, seed):
-    """Which images step number `step` sees: (batch,) of 0..n-1, each image once an epoch."""
+    """Positions of the images of step number `step`: (batch,) int64 in 0..n-1, each image once an epoch."""
     first = step * batch
     epochs = range(first // n, (first + batch - 1) // n + 1)
     stream = torch.cat([shuffled(n, seed, epoch) for epoch in epochs])
@@ -44,22 +44,22 @@ def batch_index(n, batch, step, seed):
 class Plan(NamedTuple):
     """How a network is trained: all numbers but those of the network and the data."""
     steps: int
-    batch: int                # images a step, of all processes together
-    lr: float                 # AdamW's peak learning rate
-    decay: bool               # True: warm-up, then half a cosine to zero; False: constant, after lr_warm
-    ema: float                # decay of the averaged weights
+    batch: int                 # images a step, of all processes together
+    lr: float                  # AdamW's peak learning rate
+    decay: bool                # True: warm-up, then half a cosine to zero; False: constant, after lr_warm
+    ema: float                 # decay of the averaged weights
     seed: int
-    flip: bool                # whether training images are mirrored at random
-    beta2: float = 0.99       # AdamW's; in short runs the second moment must catch up with the gradients
+    flip: bool                 # whether training images are mirrored at random
+    beta2: float = 0.99        # AdamW's; in short runs the second moment must catch up with the gradients
     beta1: float = 0.9
     weight_decay: float = 0.
-    lr_warm: int = 0          # steps of a linear warm-up before a constant rate
-    warm: bool = True         # whether the averaging warms up
+    lr_warm: int = 0           # steps of a linear warm-up before a constant rate
+    warm: bool = True          # whether the decay of the average warms up: see ema_decay
     # bfloat16 products under autocast, where Gu et al. had float32 (TF32); trained weights stay float32
     bf16: bool = False
 
     def lr_at(self, step):
-        """Constant after lr_warm steps; or a warm-up over the first twentieth, then half a cosine."""
+        """The learning rate: constant after lr_warm steps; or a twentieth of warm-up, then half a cosine."""
         if not self.decay:
             return self.lr * min(1.0, (step + 1) / max(1, self.lr_warm))
         warm = max(1, self.steps // 20)
@@ -74,7 +74,7 @@ def by_recipe(recipe):
 
 
 def ema_decay(step, decay):
-    """The average spans about a tenth of the steps so far, until `decay` is reached (.99: from step 890)."""
+    """The average spans about a tenth of the steps so far, until `decay` is reached (.99: at step 890)."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -92,15 +92,15 @@ class Trainer:
     """
 
     def __init__(self, model, plan):
-        processes.batch_share(plan.batch)                       # or refuses
+        processes.batch_share(plan.batch)                       # raises where it does not divide
         self.model, self.plan = model.train(), plan
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.trainable.items()}
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=plan.lr,
                                            betas=(plan.beta1, plan.beta2), weight_decay=plan.weight_decay,
                                            fused=True)
-        if plan.bf16:                                           # cast the frozen weights once, as autocast
-            for p in model.parameters():                        # would in each step; positions are but added
+        if plan.bf16:                                           # cast the frozen weights once, which autocast
+            for p in model.parameters():                        # would do each step; pos_embed is only added
                 if not p.requires_grad and p is not model.pos_embed:
                     p.data = p.data.bfloat16()
         self.network = model if processes.world() == 1 else DistributedDataParallel(model)
@@ -110,22 +110,22 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.plan.bf16):
             return self.network(x, t, y).float()
 
-    def update(self, loss, step):
-        """One AdamW step down the gradient of `loss`; then the average follows the weights."""
+    def step(self, step):
+        """Makes step number `step`: AdamW at the plan's rate, then the averaged weights follow."""
         plan = self.plan
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr_at(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.optimizer.step()
         ema_update(self.ema, self.trainable, ema_decay(step, plan.ema) if plan.warm else plan.ema)
 
     def state_dict(self):
+        """The state to save: weights, averaged weights and optimizer."""
         return {"tuned": {name: p.detach() for name, p in self.trainable.items()}, "average": self.ema,
                 "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state):
+        """Loads what state_dict returned, in place."""
         for tensors, saved in ((self.trainable, state["tuned"]), (self.ema, state["average"])):
             for name, tensor in tensors.items():
                 tensor.copy_(saved[name])
@@ -140,16 +140,17 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None):
     """Runs a training loop to the plan's end and writes the averaged weights to `path`; resumes.
 
     loop: start=k -> a generator that makes the optimizer steps from number k on, and yields {name: scalar
-    tensor} after each. memories: what else the loop changes (state_dict, load_state_dict), or None.
-    NAME.resume.pt holds what resuming needs until the end, NAME.log.jsonl the losses (means since the line
-    before). Raises UserError where a loss is not finite, and removes the state of that run.
+    tensor} after each. memories: what else the loop changes (with state_dict, load_state_dict), or None.
+    NAME.resume.pt has the state until the end, saved every files.SAVE_EVERY seconds or, where that is longer,
+    20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before. Raises
+    UserError where a loss is not finite; that run's state is then removed.
     """
     path, steps = pathlib.Path(path), trainer.plan.steps
     path.parent.mkdir(parents=True, exist_ok=True)
     resume = path.with_suffix(".resume.pt")
-    start, seconds, log = restored(trainer, memories, resume, header["settings"], overwrite)
-    log = Log(path, steps, start, seconds, log)
-    saved, save_cost = time.monotonic(), 0.0
+    start, seconds, logged = restored(trainer, memories, resume, header["settings"], overwrite)
+    log = Log(path, steps, start, seconds, logged)
+    last_save, save_cost = time.monotonic(), 0.0
     with tqdm(total=steps, initial=start, disable=processes.rank() > 0 or None, leave=False,
               unit="step") as bar:
         for done, losses in enumerate(loop(start=start), start + 1):
@@ -157,7 +158,7 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None):
             bar.update()
             now = time.monotonic()
             line_due = done % log.every == 0 or done == steps
-            save_due = done < steps and now - saved > max(files.SAVE_EVERY, 20 * save_cost)
+            save_due = done < steps and now - last_save > max(files.SAVE_EVERY, 20 * save_cost)
             save_due = save_due and processes.rank() == 0
             if line_due or save_due:
                 if not log.is_finite(line_due):
@@ -173,39 +174,39 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None):
                 files.save_state(resume, {"step": done, "seconds": now - log.began,
                                           "settings": header["settings"], "sums": log.sums,
                                           "log": log.lines, "trainer": state})
-                saved = time.monotonic()
-                save_cost = saved - now
+                last_save = time.monotonic()
+                save_cost = last_save - now
     if processes.rank() == 0:
         tensors = trainer.ema if "base" in header else {**trainer.model.state_dict(), **trainer.ema}
         checkpoint.save_checkpoint(path, tensors, {**header, "step": steps})
         resume.unlink(missing_ok=True)
-    processes.barrier()                                         # nobody looks for the file before it is there
+    processes.barrier()                                         # no process reads the file before it is there
 
 
 def restored(trainer, memories, resume, settings, overwrite):
-    """Brings the trainer to where the run in the file `resume` stopped: (step, seconds, (sums, lines)).
+    """Loads the saved state of a run into the trainer: (steps done, seconds, (sums, lines) of the log).
 
-    From the start where there is no such file. Raises UserError where that run had other settings and is not
-    to be overwritten.
+    Nothing is loaded where there is no file `resume`, or where it has other settings and may be overwritten.
+    Raises UserError where it has other settings and may not.
     """
-    nothing = 0, 0.0, ({}, [])
+    beginning = 0, 0.0, ({}, [])
     if not resume.exists():
-        return nothing
+        return beginning
     device = next(trainer.model.parameters()).device
     state = torch.load(resume, map_location=device, weights_only=True)
     if state["settings"] != settings:
         if not overwrite:
             checkpoint.check_settings(state["settings"], settings, resume)
-        return nothing
+        return beginning
     trainer.load_state_dict(state["trainer"])
     if memories is not None:
         memories.load_state_dict(state["trainer"]["extra"])
-    print(f"going on from step {state['step']}")
+    print(f"resuming from step {state['step']}")
     return state["step"], state["seconds"], (state["sums"], state["log"])
 
 
 class Log:
-    """Means of the losses over a tenth of the steps each: a line on the screen, and one in NAME.log.jsonl."""
+    """Means of the losses over each tenth of the steps: a line on the screen, and one in NAME.log.jsonl."""
 
     def __init__(self, path, steps, start, seconds, before):
         self.path, self.steps, self.start, self.seconds = path, steps, start, seconds
@@ -218,13 +219,13 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def is_finite(self, line_due):
-        """Whether all sums are finite; before a line, of all processes."""
+        """Whether all sums are finite. Where a line is due, they are averaged over all processes first."""
         if line_due and processes.world() > 1:
             self.sums = processes.all_reduce_mean(self.sums)
         return all(math.isfinite(float(value)) for value in self.sums.values())
 
     def line(self, done, now):
-        """Writes the entry of the last steps to the file, and returns the line for the screen."""
+        """Adds the means since the last entry to the file, and returns the line for the screen."""
         count = done % self.every or self.every
         means = {name: float(value) / count for name, value in self.sums.items()}
         self.lines.append({"step": done, **means, "seconds": now - self.began})

@@ -1,10 +1,10 @@
-"""U-ViT, the other backbone: time, class and patches are all tokens. And the schedule that it learned with.
+"""U-ViT, the other backbone, in which time, class and patches are all tokens; and its noise schedule.
 
     abar(t) = exp(-(0.1 t + 9.95 t^2)), t in [0, 1]        noise grows continuously, not in 1,000 steps
-    x = skip_linear([x, what the mirrored block gave])     long skips join the early blocks to the late ones
+    x = skip_linear([x, output of the mirrored block])     long skips join the early blocks to the late ones
 
-`python diffusion.py --network uvit` trains it; minimax.py and sample.py take its checkpoints as they take
-DiT's. Whoever changes DiT's attention leaves this file alone: it has its own.
+`python diffusion.py --network uvit` trains it; minimax.py and sample.py read its checkpoints as they read
+DiT's. This file has an attention of its own, so that a change to DiT's does not change U-ViT.
 Sources: Bao et al. 2023 (U-ViT), Y. Song et al. 2021 (VP-SDE), Li et al. 2024.
 """
 import functools
@@ -31,7 +31,7 @@ from nanodd.networks import checkpoint, published, training
 class ContinuousSchedule:
     """The VP-SDE with beta(t) = 0.1 + 19.9 t (Y. Song et al. 2021, app. C), t in [0, 1]; no table.
 
-    Everywhere outside this class t runs over [0, 999], as for DiT: it is what the network is told.
+    Outside of this class t is in [0, 999], as for DiT; the network is given that t.
     """
     name = "vp"
     T = 1000
@@ -51,9 +51,9 @@ class ContinuousSchedule:
         return torch.exp(0.5 * log_abar), torch.sqrt(-torch.expm1(log_abar))
 
     def end(self, steps):
-        """The t nearest to the image that a sampler of so many steps goes to: DPM-Solver's authors' advice.
+        """The smallest t of a sampler with so many steps, as DPM-Solver's authors advise.
 
-        At 0 itself log(alpha / sigma) is infinite.
+        It is not 0, where log(alpha / sigma) is infinite.
         """
         return self.LAST * (1e-3 if steps <= 15 else 1e-4)
 
@@ -97,7 +97,7 @@ def sincos(positions, dim):
 
 
 def rescale(x, gamma):
-    """DiffFit's factor, where this network carries one."""
+    """x times DiffFit's factor gamma, where this network has one."""
     return x if gamma is None else gamma * x
 
 
@@ -113,14 +113,14 @@ class Attention(nn.Module):
         self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
 
     def forward(self, x):
-        qkv = rescale(self.qkv(x), self.gamma1)                              # (B, N, 3D)
+        qkv = rescale(self.qkv(x), self.gamma1)                             # (B, N, 3D)
         q, k, v = rearrange(qkv, "B N (three h d) -> three B h N d", three=3, h=self.heads)
         x = rearrange(F.scaled_dot_product_attention(q, k, v), "B h N d -> B N (h d)")
         return rescale(self.proj(x), self.gamma2)
 
 
 class Block(nn.Module):
-    """A transformer block, (B, N, D) -> (B, N, D); with `skip` it first takes in a second (B, N, D)."""
+    """A transformer block, (B, N, D) -> (B, N, D); with `skip` it first merges a second (B, N, D)."""
 
     def __init__(self, width, heads, skip, difffit):
         super().__init__()
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x, skip=None):
         if self.skip_linear is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=2))
+            x = self.skip_linear(torch.cat([x, skip], dim=2))               # (B, N, 2D) -> (B, N, D)
         x = x + rescale(self.attn(self.norm1(x)), self.gamma1)
         return x + rescale(self.mlp(self.norm2(x)), self.gamma2)
 
@@ -143,8 +143,8 @@ class UViT(nn.Module):
     """eps_hat(x_t, t, y): x (B, C, H, W), t (B,) in [0, 999], y (B,) rows of the label table -> (B, C, H, W).
 
     classes: rows of the label table; 0: no label token at all, as in the published CIFAR-10 weights, and y
-    is not looked at. null: one row more, which means "no class"; the published tables have none. With
-    `difffit` the first 14 blocks carry DiffFit's gammas. `recompute`, as in DiT: less memory, more time.
+    is not used. null: whether there is one row more, for "no class"; the published tables have none. With
+    `difffit` the first 14 blocks have DiffFit's gammas. `recompute`: gradient checkpointing, as in DiT.
     """
     recompute = False
 
@@ -176,7 +176,7 @@ class UViT(nn.Module):
     def forward(self, x, t, y):
         x = self.patch_embed(x.to(self.patch_embed.proj.weight.dtype))      # (B, H/p * W/p, D)
         time = torch.cat(sincos(t, x.shape[2]), dim=1).to(x.dtype)          # (B, D)
-        label = [self.label_emb(y)] if self.label_emb is not None else []
+        label = [self.label_emb(y)] if self.label_emb is not None else []   # (B, D), if any
         tokens = [token.unsqueeze(1) for token in (*label, time)]           # (B, 1, D) each
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
         skips = []
@@ -184,34 +184,35 @@ class UViT(nn.Module):
             x = self.run(block, x)
             skips.append(x)
         x = self.run(self.mid_block, x)
-        for block in self.out_blocks:                           # the last to be put down is taken up first
+        for block in self.out_blocks:                           # the last output is used first
             x = self.run(block, x, skips.pop())
         x = self.decoder_pred(self.norm(x))[:, self.extras:]                # (B, H/p * W/p, p * p * C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
-        return self.final_layer(x)
+        return self.final_layer(x)                                          # (B, C, H, W)
 
     def run(self, block, *inputs):
+        """block(*inputs), with gradient checkpointing where `recompute` is true."""
         return gradient_checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Published weights, and how U-ViT was trained
 
-# Bao et al. 2023's settings for CIFAR-10, taken for CIFAR-100 too, and for ImageNet at 64 pixels, taken for
-# Tiny-ImageNet. Other data: the recipe's.
+# Bao et al. 2023's settings for CIFAR-10, used for CIFAR-100 too, and for ImageNet at 64 pixels, used for
+# Tiny-ImageNet. For other data the recipe's are used.
 CIFAR = {"steps": 500_000, "batch": 128, "lr": 2e-4, "lr_warm": 2500, "beta1": .99, "beta2": .999,
          "ema": .9999, "warm": False, "decay": False}
 IMAGENET64 = {"steps": 300_000, "batch": 1024, "lr": 3e-4, "lr_warm": 5000, "beta1": .99, "beta2": .99,
               "ema": .9999, "warm": False, "decay": False}
 PLANS = {"cifar10": ("S", CIFAR), "cifar100": ("S", CIFAR), "tiny-imagenet": ("M", IMAGENET64)}
-LIKE_DIT = {"B": "M", "XL": "L"}                                # sizes that go by other names here
+LIKE_DIT = {"B": "M", "XL": "L"}                                # a recipe's size for DiT: the one for U-ViT
 
 
 def numbers(recipe):
     """(network size, {field of training.Plan: number}) of a U-ViT for the data of `recipe`."""
     size, by_recipe = training.by_recipe(recipe)
-    size, own = PLANS.get(recipe.name) or (LIKE_DIT.get(size, size), by_recipe)
-    return size, {**own, "weight_decay": .03}
+    size, fields = PLANS.get(recipe.name) or (LIKE_DIT.get(size, size), by_recipe)
+    return size, {**fields, "weight_decay": .03}
 
 
 checkpoint.BACKBONES["uvit"] = checkpoint.Backbone(UViT, SIZES, ContinuousSchedule, numbers)
@@ -225,11 +226,11 @@ class Weights(NamedTuple):
 
 
 def read_weights(path, config, recipe):
-    """The Weights in the published .pth `path`. Raises UserError where their size is not that of `config`."""
-    tensors, found = published.read_published(path, uvit_config, "U-ViT")
-    wanted = {key: config[key] for key in ("network", "size", "patch", "channels")}
-    published.check_size(found, wanted, path, recipe.name)
-    return Weights(path, tensors, found)
+    """The Weights in the published .pth `path`. Raises UserError where their size is not `config`'s."""
+    tensors, own_config = published.read_published(path, uvit_config, "U-ViT")
+    expected = {key: config[key] for key in ("network", "size", "patch", "channels")}
+    published.check_size(own_config, expected, path, recipe.name)
+    return Weights(path, tensors, own_config)
 
 
 def uvit_config(tensors):
@@ -245,19 +246,19 @@ def uvit_config(tensors):
 
 @torch.no_grad()
 def start_from(model, weights, classes):
-    """Fills a class-conditional UViT with published Weights: all tensors but those of another meaning there.
+    """Copies published Weights into a class-conditional UViT, but for tensors with another meaning there.
 
-    classes: K names. The position of the label token, which comes first, is new where the published network
-    knew no classes: its own positions move up by one. Rows of the label table are copied where it is
-    ImageNet's and knows the class by its WordNet id; other rows are new.
+    classes: K names. The position of the label token, which comes first, stays as initialised where the
+    published network had no classes: its positions then follow. Rows of the label table are copied where it
+    is ImageNet's and has the class by its WordNet id; other rows stay as initialised.
     Raises UserError, naming the tensor, where anything else is missing, extra or of another shape.
     """
-    own, tensors = model.state_dict(), dict(weights.tensors)
+    initial, tensors = model.state_dict(), dict(weights.tensors)
     table = tensors.pop("label_emb.weight", None)
     if table is None:
         positions = tensors["pos_embed"]                        # (1, 1 + patches, D)
-        tensors["pos_embed"] = torch.cat([own["pos_embed"][:, :1].to(positions), positions], dim=1)
-    labels = own["label_emb.weight"]                            # (K + 1, D)
+        tensors["pos_embed"] = torch.cat([initial["pos_embed"][:, :1].to(positions), positions], dim=1)
+    labels = initial["label_emb.weight"]                        # (K + 1, D)
     for k, row in enumerate(rows_in(table, classes)):
         if row is not None:
             labels[k] = table[row]
@@ -265,9 +266,9 @@ def start_from(model, weights, classes):
 
 
 def rows_in(table, classes):
-    """The row of each class (K names) in a published label table; None where it has none for it."""
-    known = archives.imagenet_classes() if table is not None and len(table) == 1000 else []
-    row = {name: k for k, name in enumerate(known)}
+    """The row of each class (K names) in a published label table; None for a class without a row."""
+    names = archives.imagenet_classes() if table is not None and len(table) == 1000 else []
+    row = {name: k for k, name in enumerate(names)}
     return [row.get(name) for name in classes]
 
 
@@ -284,9 +285,9 @@ def import_weights(data, weights, path, run):
                         "train on from it, with --steps 1 or more")
     if checkpoint.finished(path, settings, run.overwrite):
         return
-    checkpoint.rebuild(weights.config, weights.tensors, weights.path)       # only to refuse what does not fit
+    checkpoint.rebuild(weights.config, weights.tensors, weights.path)       # raises where one does not fit
     header = {**checkpoint.new_header(data, weights.config, settings, run.command, ContinuousSchedule()),
               "rows": [*rows, -1], "guidance": 1.0}
-    processes.barrier()                                         # all have looked before one writes
+    processes.barrier()                                         # all have read before one writes
     processes.on_first_process(lambda: checkpoint.save_checkpoint(path, weights.tensors,
                                                                   {**header, "step": 0}))

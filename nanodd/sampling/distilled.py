@@ -1,8 +1,8 @@
 """The distilled set on disk, filled block by block until an image count or a budget of seconds is reached.
 
 Image number p is of class p mod K, index p div K: rounds of one image a class, so that the set is balanced
-wherever it stops. A block is `batch` numbers in a row (the last may be shorter), drawn as one batch; a block
-that was not finished is drawn again from its first image.
+wherever it stops. A block is `batch` consecutive numbers (the last block may be shorter), drawn as one batch;
+a block that was not finished is drawn again from its first image.
 """
 import itertools
 import json
@@ -21,20 +21,22 @@ from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
 
-clock = time.monotonic        # seconds; a test puts its own in this place, so that no machine is too slow
+clock = time.monotonic         # seconds; tests replace it, so that no outcome depends on a machine's speed
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Blocks, and the two ways to store them
+#
+# Both stores have the same methods. items: a list of (label, index); images: (n, C, H, W) uint8.
 
 
 def block(number, batch, classes, total=math.inf):
-    """The (label, index) of each image in block `number`, of `total` images in all; empty behind the last."""
+    """The (label, index) of each image in block `number`, of `total` images in all; [] after the last."""
     first, last = number * batch, min((number + 1) * batch, total)
     return [(p % classes, p // classes) for p in range(first, last)] if first < last else []
 
 
 def waves(batch, classes, total):
-    """The blocks of one wave after the other: a list of one block for each process."""
+    """Yields one wave after the other: a list of blocks, one for each process."""
     for first in itertools.count(step=processes.world()):
         blocks = [block(first + rank, batch, classes, total) for rank in range(processes.world())]
         if not blocks[0]:
@@ -43,8 +45,8 @@ def waves(batch, classes, total):
 
 
 class PngFolder:
-    """distilled/<class>/00000.png ...: torchvision's ImageFolder, and what any image viewer shows."""
-    FINALISE = 0               # how long `finalise` takes, in units of all writing before
+    """A file for each image, distilled/<class>/00000.png ..., which torchvision's ImageFolder reads."""
+    FINALISE = 0               # seconds of `finalise` per second of all writing before it
 
     def __init__(self, out, classes):
         self.path, self.classes = out / "distilled", classes
@@ -62,16 +64,16 @@ class PngFolder:
         return self.contains(block(0, ipc * len(self.classes), len(self.classes)))
 
     def write(self, items, images):
-        with ThreadPoolExecutor() as pool:                      # packing a 256-pixel PNG takes 10 ms
+        with ThreadPoolExecutor() as pool:                      # encoding a 256-pixel PNG takes 10 ms
             list(pool.map(imageset.write_png, [self.file(*item) for item in items], images))
 
     def finalise(self, items):
-        """Removes all images but `items`: the round that a budget cut off."""
+        """Removes all images but `items`: those of the round that was not finished."""
         for extra in set(self.path.glob("*/*.png")) - {self.file(*item) for item in items}:
             extra.unlink()
 
     def remove_parts(self):
-        """There are none."""
+        """Nothing: no block has a file of its own."""
 
     def images(self, items):
         return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
@@ -87,7 +89,7 @@ class NpzFile:
     Each block is a file in distilled.npz.parts until all are drawn and joined; distilled.json says whether
     they are.
     """
-    FINALISE = 8               # 6 were measured, on 200,000 images of 32 pixels; writing alone fills a cache
+    FINALISE = 8               # 6 was measured, on 200,000 images of 32 pixels, whose writing was cached
 
     def __init__(self, out, classes):
         self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
@@ -111,18 +113,18 @@ class NpzFile:
             np.save(file, images.numpy())
 
     def finalise(self, items):
-        """Joins the blocks, in the order of the images, and cuts off what is behind `items`."""
+        """Joins the blocks, in the order of the images, without the images after `items`."""
         images = np.concatenate([np.load(part) for part in sorted(self.parts.glob("*.npy"))])[:len(items)]
         with files.atomic_write(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
 
     def remove_parts(self):
-        """Removes the blocks' files. Renames their folder first: half of them would be taken for all."""
-        old = self.parts.with_suffix(".old")
-        shutil.rmtree(old, ignore_errors=True)
+        """Removes the blocks' files. Their folder is renamed first: a half-empty one would be resumed."""
+        trash = self.parts.with_suffix(".old")
+        shutil.rmtree(trash, ignore_errors=True)
         if self.parts.exists():
-            self.parts.rename(old)
-            shutil.rmtree(old)
+            self.parts.rename(trash)
+            shutil.rmtree(trash)
 
     def images(self, items):
         with np.load(self.path) as arrays:
@@ -139,35 +141,35 @@ class NpzFile:
 
 
 class TooShort(UserError):
-    """A budget that holds no image of some class."""
+    """The budget is too short for an image of each class."""
 
 
 def fill(draw, store, record, total, budget, batch, save):
-    """Draws block after block into `store`, until `total` images exist or `budget` seconds are over.
+    """Draws block after block into `store`, until `total` images exist or `budget` seconds have passed.
 
     A block starts only if the longest block so far, and joining all of them, would still fit into the budget:
-    what a block takes longer than all before it comes on top. Of many processes each draws one block of every
-    wave, and all stop after the same wave. The first block of a process takes longer, for it warms up: its
-    time is forgotten once there is a second.
+    the end is late by what the last block takes longer than all before it. Of several processes each draws
+    one block of every wave, and all stop after the same wave. The first block of a process takes longer,
+    since it warms up: its time is not used once there is a second one.
     draw: items -> (n, C, H, W) uint8. record: what is written to distilled.json; its "seconds" (wall clock
     from the first batch to the last file on disk) are added up over resumed runs, as are the seconds of the
     "longest" block and of all "writing". save: writes the record.
-    Returns the (label, index) of the images of all complete rounds; all others are removed. Raises UserError
-    where the budget holds no round (TooShort), or was spent before.
+    Returns the (label, index) of the images of all complete rounds; other images are removed. Raises TooShort
+    where the budget holds no round, and UserError where it was spent before.
     """
-    known = longest = record.get("longest", 0.0)
-    if record["seconds"] - known > budget:                      # the last block may have gone beyond it
+    longest_before = longest = record.get("longest", 0.0)
+    if record["seconds"] - longest_before > budget:             # the last block may have ended late
         raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
                         f"{budget:g}: raise it, or choose --out ELSEWHERE")
-    K, done, wave, drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
-    began, quiet = clock() - record["seconds"], True if processes.rank() else None
+    K, done, wave, num_drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
+    start, quiet = clock() - record["seconds"], True if processes.rank() else None
     with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
         for blocks in waves(batch, K, total):
             own = blocks[processes.rank()]                      # empty on the last processes of the last wave
             needed = bool(own) and not store.contains(own)
             if processes.max_over_processes(needed):
                 started = clock()
-                end = started - began + longest + store.FINALISE * writing
+                end = started - start + longest + store.FINALISE * writing
                 if processes.max_over_processes(end > budget) and done > 0:
                     break
                 if needed:
@@ -175,10 +177,10 @@ def fill(draw, store, record, total, budget, batch, save):
                     writing -= clock()
                     store.write(own, images)
                     writing += clock()
-                spent, drawn = processes.max_over_processes(clock() - started), drawn + 1
-                longest = max(known if drawn <= 2 else longest, spent)
-                record.update(seconds=clock() - began, longest=known if drawn == 1 else longest,
-                              writing=writing)
+                block_seconds, num_drawn = processes.max_over_processes(clock() - started), num_drawn + 1
+                longest = max(longest_before if num_drawn <= 2 else longest, block_seconds)
+                record.update(seconds=clock() - start,
+                              longest=longest_before if num_drawn == 1 else longest, writing=writing)
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
@@ -186,16 +188,16 @@ def fill(draw, store, record, total, budget, batch, save):
         raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
                         f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
-    complete = block(0, done // K * K, K)
+    items = block(0, done // K * K, K)                          # of the complete rounds
     if processes.rank() == 0:
-        store.finalise(complete)
+        store.finalise(items)
     processes.barrier()
-    record["seconds"] = clock() - began
-    return complete
+    record["seconds"] = clock() - start
+    return items
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. The set with the record that says what it is
+# 3. The set and its record
 
 
 class Place:
@@ -209,7 +211,7 @@ class Place:
         self.record_path, self.record = out / "distilled.json", None
 
     def open(self, fresh, overwrite):
-        """Reads the record, or takes the dict `fresh` for it where there is none or it may be overwritten."""
+        """Reads the record; the dict `fresh` takes its place where there is none or it may be overwritten."""
         self.record = processes.on_first_process(
             lambda: open_record(self.record_path, fresh, self.stores, overwrite))
 
@@ -218,7 +220,7 @@ class Place:
         processes.on_first_process(lambda: remove_set(self.record_path, self.stores))
 
     def holds(self, ipc, budget):
-        """Whether the set is finished, with so many images a class or under so long a budget."""
+        """Whether the set is finished, with at least `ipc` images a class or under at least this budget."""
         enough = self.record["ipc"] >= ipc or self.record["budget"] >= budget
         complete = processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
         if enough and complete:
@@ -226,14 +228,15 @@ class Place:
         return enough and complete
 
     def save(self, record):
+        """Writes the record to distilled.json, on the first process."""
         if processes.rank() == 0:
             with files.atomic_write(self.record_path) as temporary:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
 
     def fill(self, draw, ipc, budget, batch, command):
-        """Draws what is missing, and finishes record and contact sheet; returns the number of images.
+        """Draws the missing images, and writes record and contact sheet; returns the number of images.
 
-        Arguments as `fill` has them, but ipc: images a class. command: as typed, for the record.
+        The arguments are those of the function `fill`, but for ipc: images a class; and command: as typed.
         """
         record, K = self.record, len(self.classes)
         if not processes.on_first_process(self.store.is_resumable):  # no block yet, or all were joined
@@ -243,16 +246,16 @@ class Place:
         items = fill(draw, self.store, record, ipc * K, budget, batch, self.save)
         record.update(ipc=len(items) // K, budget=0.0 if math.isinf(budget) else budget)
         columns = min(10, record["ipc"])
-        shown = [(label, index) for label in range(min(20, K)) for index in range(columns)]
+        sheet_items = [(label, index) for label in range(min(20, K)) for index in range(columns)]
         if processes.rank() == 0:
-            contact_sheet(self.store.images(shown), columns, self.sheet)
+            contact_sheet(self.store.images(sheet_items), columns, self.sheet)
             self.save(record)                                   # it is finished from here on
             self.store.remove_parts()
         return len(items)
 
 
 def contact_sheet(images, columns, path):
-    """images (rows * columns, C, H, W) uint8 -> one picture, enlarged to be seen: a row for each class."""
+    """images (rows * columns, C, H, W) uint8 -> one picture, enlarged, with a row for each class."""
     zoom = max(1, 40 // images.shape[-1])
     sheet = make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
     imageset.write_png(path, sheet)
@@ -282,7 +285,7 @@ def open_record(path, fresh, stores, overwrite):
 
 
 def remove_set(path, stores):
-    """Removes a set and the record at `path` that says what it is."""
+    """Removes a set, in all its stores, and its record at `path`."""
     path.unlink(missing_ok=True)
     for store in stores:
         store.remove()

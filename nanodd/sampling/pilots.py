@@ -1,10 +1,10 @@
 """--steps auto: how many steps are best for this budget, on this machine.
 
-Fan et al. 2025 found 10 best for ten minutes of their GPU. Half the steps are twice the images, each worse;
-what is best depends on the machine, the data and the budget. So a small set is drawn in each number of steps,
-a pilot, in a share of the budget, and judges say what its images are worth: classifiers trained from scratch
-on the pilot alone. A pilot is smaller than the set where the budget is long, which favours fewer steps a
-little.
+Fan et al. 2025 found 10 best for ten minutes of their GPU. Half the steps give twice the images, of lower
+quality; the best number depends on the machine, the data and the budget. A pilot, a small set, is therefore
+drawn with each number of steps in a share of the budget, and its score is the accuracy of judges, classifiers
+trained from scratch on the pilot alone. Where the budget is long, a pilot is smaller than the set, which
+favours fewer steps a little.
 """
 import json
 import math
@@ -21,18 +21,21 @@ from nanodd.errors import UserError
 from nanodd.judging import baselines
 from nanodd.sampling import distilled
 
+# ----------------------------------------------------------------------------------------------------
+# 1. Pilots and their judges
+
 CANDIDATES = (5, 10, 15, 20, 25, 30, 50)                        # Fan et al.'s, Table 3, and 50
-PILOT_SECONDS = 60             # all pilots together may take the budget again, or this where that is shorter
-PILOT_VIEWS, PILOT_JUDGES = 100_000, 2                          # images a pilot's judge sees at most; judges
+PILOT_SECONDS = 60             # all pilots together take the budget once more, or this if it is longer
+PILOT_VIEWS, PILOT_JUDGES = 100_000, 2                          # images that a judge sees, at most; judges
 
 
 def pilot_share(budget):
-    """The share of the budget (seconds) that each candidate's pilot gets: all of it where that is short."""
+    """The share of the budget (seconds) that each candidate's pilot gets: in (0, 1], 1 for a short one."""
     return min(1.0, max(budget, PILOT_SECONDS) / (len(CANDIDATES) * budget))
 
 
 def named(device):
-    """A device and what kind it is: a decision made on one is not another's."""
+    """A device with its model, for the settings in steps.json: the best number depends on the machine."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"{device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -41,10 +44,10 @@ def named(device):
 def judge_of_pilots(args, recipe, device, train_judges, count_epochs):
     """A function from a pilot's folder to the accuracy of its judges on a fifth of the training images, %.
 
-    The generator learned from that fifth, but no judge sees it, and the test split stays unseen; under
-    --validation it is a fifth of what is left. The mean of PILOT_JUDGES judges of the shortened protocol: at
-    a quarter of its length they favoured small sets, which they see more often.
-    train_judges, count_epochs: train_eval.py's.
+    The diffusion model trained on that fifth, but no judge does, and the test split is not used; under
+    --validation it is a fifth of the remaining training images. The accuracy is the mean over PILOT_JUDGES
+    judges of the shortened protocol; at a quarter of its length judges favoured small sets, whose images they
+    see more often. train_judges, count_epochs: train_eval.py's.
     """
     data = datasets.load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
     test = datasets.split(data.train, .2)[1] if args.validation else data.test
@@ -62,13 +65,17 @@ def judge_of_pilots(args, recipe, device, train_judges, count_epochs):
     return judge
 
 
-def choose_steps(draw_in, judge, place, settings, budget, run):
-    """The candidate whose pilot made the best judges; the table of the decision is written to steps.json.
+# ----------------------------------------------------------------------------------------------------
+# 2. The choice
 
-    draw_in: steps -> what draws a block. judge: () -> (a pilot's folder -> accuracy), called on the first
-    process only. place: distilled.Place of the set. settings: of the set, with steps "auto"; where steps.json
-    has the same ones, the same budget and the same machine, its decision stands. run: cli.Run. The time this
-    takes is not the budget's.
+
+def choose_steps(draw_in, judge, place, settings, budget, run):
+    """The number of steps whose pilot trained the best judges; the table is written to steps.json.
+
+    draw_in: steps -> the function that draws a block. judge: () -> (a pilot's folder -> accuracy), called on
+    the first process alone. place: distilled.Place of the set. settings: the set's, with steps "auto"; where
+    steps.json has the same settings, budget and machine, its number is returned. run: cli.Run. The budget
+    does not include the time of this function.
     Raises UserError where the budget is too short for one image of each class at any number of steps.
     """
     if run.overwrite:
@@ -76,10 +83,10 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     settings = {**settings, "budget": budget, "device": named(run.device), "processes": processes.world(),
                 "compile": run.compile}
     out, path, share = place.out, place.out / "steps.json", pilot_share(budget)
-    found = processes.on_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
-    if found.get("settings") == settings:
-        print(f"{path} has decided on {found['steps']} steps (same settings)")
-        return found["steps"]
+    decision = processes.on_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    if decision.get("settings") == settings:
+        print(f"{path} has decided on {decision['steps']} steps (same settings)")
+        return decision["steps"]
     if (out / "distilled.json").is_file():
         raise UserError(f"{out} holds a set already, and no {path.name} says that its steps are the best for "
                         "this: choose --out ELSEWHERE, or --overwrite")
@@ -87,7 +94,7 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
           "for each pilot, tested on a fifth of the training images")
     print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
     store, batch = distilled.PngFolder(out / ".pilots", place.classes), settings["batch"]
-    draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warms up
+    draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warm-up
     rows = [pilot_row(steps, draw_in(steps), judge, store, batch, share, budget) for steps in CANDIDATES]
     rows = [row for row in rows if row is not None]
     processes.on_first_process(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
@@ -104,9 +111,9 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
 
 
 def pilot_row(steps, draw, judge, store, batch, share, budget):
-    """Draws a pilot into `store` in its share of the budget, and has it judged: a row of the table, printed.
+    """Draws a pilot into `store` in its share of the budget, and judges it: prints and returns a table row.
 
-    None where its budget holds no image of some class.
+    It returns None where that time is too short for an image of each class.
     """
     processes.on_first_process(store.remove)
     record = {"classes": store.classes, "seconds": 0.0}

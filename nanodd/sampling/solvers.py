@@ -3,8 +3,8 @@
     x_t = alpha_t/alpha_s x_s - alpha_t (integral over lambda from s to t of e^-lambda eps_hat)
 
 is exact (Lu et al. 2022, prop. 3.1). A solver of order n expands eps_hat in lambda up to its (n-1)-th
-derivative; the error of one step is O(h^(n+1)). Singlestep solvers find the derivatives by n network calls
-within a step. 2M, a multistep solver, makes one call a step and also uses the call of the step before.
+derivative; the error of one step is O(h^(n+1)). Singlestep solvers estimate the derivatives by n network
+calls within a step. 2M, a multistep solver, makes one call a step and also uses the call of the step before.
 Sources: Lu et al. 2022 (DPM-Solver), Lu et al. 2023 (DPM-Solver++), Peebles & Xie 2023 (the grid "stride").
 """
 import itertools
@@ -21,7 +21,7 @@ from nanodd.errors import UserError
 
 
 class Level(NamedTuple):
-    """How noisy x_t is: x_t = alpha x_0 + sigma eps, half_log_snr = lambda = log(alpha / sigma); floats."""
+    """The noise level of x_t = alpha x_0 + sigma eps; half_log_snr is lambda = log(alpha / sigma); floats."""
     t: float
     alpha: float
     sigma: float
@@ -51,7 +51,7 @@ def levels(sampler):
 
 
 def between(schedule, s, t, share):
-    """The Level at a share of the way from s to t, in lambda."""
+    """The Level at `share` (0 to 1) of the way from s to t, in lambda."""
     return level(schedule, time_at(schedule, (1 - share) * s.half_log_snr + share * t.half_log_snr))
 
 
@@ -64,16 +64,16 @@ def logsnr(count, schedule, end):
 
     count: at least 2.
     """
-    noisy, clean = (level(schedule, t).half_log_snr for t in (schedule.T - 1, end))
-    part = [k / (count - 1) for k in range(count)]              # 0 to 1: from the image to noise
-    inner = [time_at(schedule, clean + p * (noisy - clean)) for p in part[1:-1]]
-    return [schedule.T - 1, *inner[::-1], end]                  # the ends themselves, not their inverses
+    lambda_first, lambda_end = (level(schedule, t).half_log_snr for t in (schedule.T - 1, end))
+    shares = [k / (count - 1) for k in range(count)]            # from 0 (image) to 1 (noise)
+    inner = [time_at(schedule, lambda_end + share * (lambda_first - lambda_end)) for share in shares[1:-1]]
+    return [schedule.T - 1, *inner[::-1], end]                  # the ends exactly, not by time_at
 
 
 def stride(count, schedule):
     """Multiples of an integer, down to 0: DiT's respacing "ddimS", 900 to 0 for 10. A count of one: T - 1.
 
-    Raises UserError where no stride makes just as many, or the schedule is continuous.
+    Raises UserError where no stride gives exactly `count` times, or where the schedule is continuous.
     """
     T = schedule.T
     if schedule.name != "linear":
@@ -110,7 +110,7 @@ def dpm_solver_2(x, eps, s, t, schedule):
 
 
 def dpm_solver_3(x, eps, s, t, schedule):
-    """Through u at a third and v at two thirds of h (Lu et al. 2022, alg. 5 with r1 = 1/3, r2 = 2/3).
+    """Through u at one third and v at two thirds of h (Lu et al. 2022, alg. 5 with r1 = 1/3, r2 = 2/3).
 
     x_u = dpm_solver_1(s to u)
     x_v = dpm_solver_1(s to v) - 2 sigma_v ((e^{2h/3} - 1) / (2h/3) - 1) (eps_u - eps_s)
@@ -119,8 +119,8 @@ def dpm_solver_3(x, eps, s, t, schedule):
     u, v = (between(schedule, s, t, share) for share in (1 / 3, 2 / 3))
     h, eps_s = t.half_log_snr - s.half_log_snr, eps(x, s)
     eps_u = eps(dpm_solver_1(x, eps_s, s, u), u)
-    two = 2 * h / 3
-    x_v = dpm_solver_1(x, eps_s, s, v) - 2 * v.sigma * (math.expm1(two) / two - 1) * (eps_u - eps_s)
+    h_v = 2 * h / 3
+    x_v = dpm_solver_1(x, eps_s, s, v) - 2 * v.sigma * (math.expm1(h_v) / h_v - 1) * (eps_u - eps_s)
     return dpm_solver_1(x, eps_s, s, t) - 1.5 * t.sigma * (math.expm1(h) / h - 1) * (eps(x_v, v) - eps_s)
 
 
@@ -145,8 +145,8 @@ ORDERS = {"dpm1": 1, "dpm2": 2, "dpm3": 3, "dpm-fast": 3}       # of the singles
 def orders(name, steps, grid="logsnr"):
     """The order of each step of a singlestep sampler: a list of numbers that add up to `steps` network calls.
 
-    As many steps of the sampler's own order as fit, then one of the order that is left. "dpm-fast" (U-ViT's
-    sampler) ends with orders 2 and 1 where nothing would be left, so that its last steps are always easier.
+    As many steps of the sampler's own order as fit are taken, then one of the order that is left. "dpm-fast"
+    (U-ViT's sampler) ends with orders 2 and 1 where nothing would be left, so that its last steps are easier.
     Raises UserError where the grid does not end at the image, since a singlestep sampler ends with its grid.
     """
     if grid in ("trailing", "stride"):

@@ -1,0 +1,86 @@
+"""What the benchmarks share: rows in a .jsonl file, each measured once, and tables of them on the pages.
+
+No benchmark by itself: digits.py and cifar100.py import it.
+"""
+import json
+import pathlib
+import time
+
+import matplotlib
+import torch
+
+from nanodd import files
+from nanodd.judging import baselines
+
+matplotlib.use("Agg")                                           # no screen is needed
+from matplotlib import pyplot
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Rows
+
+
+def key(row):
+    """What tells a row from the others of its file: its table, its row, what was asked of it."""
+    return row["table"], row["row"], row["asked"]
+
+
+def missing(jobs, path):
+    """The jobs, {key: function}, whose rows are not in the .jsonl file `path` yet."""
+    measured = {key(row) for row in baselines.read_rows(path)}
+    return {name: make for name, make in jobs.items() if name not in measured}
+
+
+def measure(jobs, path, where, summary):
+    """Makes the rows of all jobs, one after the other, and appends each to `path` as soon as it is there.
+
+    jobs: {(table, row, asked): function without arguments -> dict}. where: the machine, in words. summary:
+    row -> what is printed of it.
+    """
+    for (table, row, asked), make in jobs.items():
+        made = {"table": table, "row": row, "asked": asked, **make(), "machine": where}
+        with open(path, "a") as file:
+            file.write(json.dumps(made) + "\n")
+        print(f"row: {table} | {row} | {asked} | {summary(made)}", flush=True)
+
+
+def machine():
+    cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
+    kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
+    return f"{cores} cores of {kind}, torch {version}, {time.strftime('%Y-%m-%d')}"
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Tables and plots
+
+
+def spread(row, name="", digits=1):
+    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f} ({row['runs']})"
+
+
+def table(head, lines):
+    """Markdown: the lines of a table under its head."""
+    return "\n".join([head, "|".join(["", *["---"] * (head.count("|") - 1), ""]), *lines])
+
+
+def write_pages(parts):
+    """Puts each part between its two marks, in README.md or in the page of docs/ that has them."""
+    pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    for name, part in parts.items():
+        path, = (path for path, text in pages.items() if f"<!-- {name} -->\n" in text)
+        before, rest = pages[path].split(f"<!-- {name} -->\n", 1)
+        _, after = rest.split(f"<!-- end of {name} -->", 1)
+        pages[path] = f"{before}<!-- {name} -->\n{part}\n<!-- end of {name} -->{after}"
+    for path, text in pages.items():
+        with files.atomic_write(path) as temporary:
+            temporary.write_text(text)
+
+
+def save_plot(figure, axes, path, legend=False):
+    """Writes a figure as a PNG file."""
+    axes.grid(alpha=0.3)
+    if legend:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
