@@ -33,8 +33,8 @@ from diffusion import Schedule
 from nanodd import checks, cli, processes, recipes
 from nanodd.data import datasets
 from nanodd.errors import UserError, exit_on_user_error
-from nanodd.networks import ddpm, models
-from nanodd.sampling import distilled, pilots, solvers
+from nanodd.networks import ddpm
+from nanodd.sampling import distilled, loading, pilots, solvers
 from train_eval import count_epochs, train_judges
 
 # ----------------------------------------------------------------------------------------------------
@@ -195,19 +195,19 @@ def image_noise(seed, names, shape, device):
 def draw(trained, sampler, seed, items):
     """Draws n pictures (n, C, H, W) uint8 on the CPU; latents are decoded. items: n pairs (label, index).
 
-    trained: a models.Trained. A network tuned in phases draws each class with the weights of its phase.
+    trained: a loading.Trained. A network tuned in phases draws each class with the weights of its phase.
     Raises UserError where a picture is not finite.
     """
     header, device = trained.header, next(trained.network.parameters()).device
     shape = header["config"]["channels"], header["config"]["size"], header["config"]["size"]
     x = torch.empty(len(items), *shape, device=device)                      # (n, C, H, W), or latents
-    for positions in models.by_phase(trained, [label for label, _ in items]):   # loads each phase's weights
+    for positions in loading.by_phase(trained, [label for label, _ in items]):   # loads each phase's weights
         chosen = [items[i] for i in positions]
         rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)  # (n,)
         predict = guided(trained.network, rows, header["rows"][-1], **trained.guide)    # [-1]: "no class"
         names = [(header["classes"][label], index) for label, index in chosen]
         x[positions] = sampler(predict, image_noise(seed, names, shape, device))
-    return models.pictures_of(trained, x)
+    return loading.pictures_of(trained, x)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def draw_set(args, run):
     ipc, budget = checks.sampling_flags(args, Schedule.T - 1)
     name = datasets.data_name(args.data, args.root, args.validation)
     out = args.out or pathlib.Path("out", name)
-    trained = models.for_sampling(args, run, name, out)
+    trained = loading.for_sampling(args, run, name, out)
     header, guide, grid = trained.header, trained.guide, args.grid or SAMPLERS[args.sampler][1]
     place = distilled.Place(out, header["classes"], args.npz)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": grid,

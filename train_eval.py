@@ -14,8 +14,8 @@ All judges train with SGD at rate 0.01, momentum 0.9, weight decay 5e-4, under o
 "challenge" repeats the challenge's evaluator: ConvNetD3-W128 in float32 (TF32 convolutions on a GPU), 1,001
 epochs, batches of 256, from epoch index 502 on a tenth of the rate and a new optimizer, one of six
 augmentations for each batch. "short", for digits and folders, has the same optimizer and rate, but the
-recipe's epochs and augmentations, in bfloat16 where it is faster. "gu", for ImageNet's subsets, has others at
-224 pixels, batches of 64, CutMix, and a fifth of the rate after 2/3 of the epochs, and of that after 5/6.
+recipe's epochs and augmentations, in bfloat16 where it is faster. "gu", for ImageNet's subsets: ResNetAP-10
+or another at 224 pixels, batches of 64, CutMix, a fifth of the rate after 2/3 of the epochs, again after 5/6.
 The number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation
 over n judges (in the rows random and kmeans each has its own selection). The best of ten epochs (gu: of a
 hundred), chosen on the test images, stands beside it because others report that. Below the table, as

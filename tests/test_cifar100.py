@@ -21,11 +21,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch):
-    """CIFAR-100's archive with five pictures a class, and the proof at its least."""
+def archive(tmp_path, monkeypatch, clock):
+    """CIFAR-100's archive with five pictures a class, and the proof at its least; only drawing takes time."""
     write_cifar(tmp_path / "archive", CIFAR100, FINE, monkeypatch)
     least = cifar100_rows.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",
-                                   budget=.3, last=.6, epochs=1)
+                                        budget=.3, last=.6, epochs=1)
     monkeypatch.setattr(cifar100_rows, "TINY", least)
     monkeypatch.setattr(cifar100_rows, "matrix_rate", lambda *_: 1e12)
     return ["--root", str(tmp_path / "archive"), "--tiny", "--device", "cpu"]

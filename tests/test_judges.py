@@ -1,6 +1,7 @@
 """Judges train side by side as they would alone, resume where they were killed, and stop at once."""
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
@@ -157,14 +158,15 @@ def test_judges_in_threads_are_those_trained_apart_to_the_bit(two_threads):
 
 def test_ctrl_c_stops_all_judges_at_their_next_step(two_threads, monkeypatch):
     """Pressed at the fifth step. From then on each step waits until the judges were told to stop."""
-    steps, stop, step = [], threading.Event(), torch.optim.SGD.step
+    steps, counter, stop, step = [], itertools.count(1), threading.Event(), torch.optim.SGD.step
 
     def pressed(self, *how):
-        steps.append(1)
-        if len(steps) == 5:
+        number = next(counter)                                    # one of a kind, whichever thread is here
+        steps.append(number)
+        if number == 5:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        if len(steps) >= 5:
-            assert stop.wait(60)
+        if number >= 5:
+            assert stop.wait(600)
         return step(self, *how)
     monkeypatch.setattr(torch.optim.SGD, "step", pressed)
     monkeypatch.setattr(judges, "threading", types.SimpleNamespace(Event=lambda: stop))

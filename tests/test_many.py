@@ -33,7 +33,7 @@ def both(imagenet_files, tmp_path_factory):
                                                 "--nproc-per-node=2"])):
         (home / out).mkdir()
         done = subprocess.run([sys.executable, *launcher, str(SCRIPT), *map(str, imagenet_files), out],
-                              cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+                              cwd=home, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stderr[-3000:]
         (home / f"{out}.txt").write_text(done.stdout)
         next((home / "out/imagewoof").glob("latents-64-*")).rename(home / out / "latents")

@@ -176,8 +176,8 @@ def in_threads(work, jobs):
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
                                 initargs=(threads // workers,)) as pool:
-            futures = [pool.submit(work, job, stop) for job in jobs]
-            try:
+            try:                                                # Ctrl-C may come while threads are started
+                futures = [pool.submit(work, job, stop) for job in jobs]
                 for future in as_completed(futures):
                     future.result()                             # the first error, as soon as it is raised
             finally:
