@@ -44,7 +44,7 @@ def drop_by_similarity(entries, slots, most):
     unit = F.normalize(x.double(), dim=1)                                   # (m, D)
     similarity = unit @ unit.T                                              # (m, m)
     dropped = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
-    for _ in range(len(entries) - slots):                       # no .item(): a GPU would be waited for
+    for _ in range(len(entries) - slots):                       # no .item(), which would wait for a GPU
         degree = (similarity * ~dropped).sum(dim=1).round(decimals=9)       # (m,)
         degree = (degree if most else -degree).masked_fill(dropped, -math.inf)
         dropped.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)    # of a tie the first, the oldest

@@ -171,12 +171,12 @@ def tune_phase(args, run, data, phase, base, path):
     for name, parameter in model.named_parameters():
         if args.tune == "difffit":                              # else all but DiT's fixed positions
             parameter.requires_grad_(name in tuned)
-    counts = [sum(p.numel() for p in parameters) for parameters in (
-        model.parameters(), (p for p in model.parameters() if p.requires_grad))]
+    tuned_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
-          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {counts[1]:,} of {counts[0]:,} "
-          f"parameters tuned | {plan.steps} steps of {plan.batch} | lambda_r {args.lambda_r:g} "
-          f"lambda_d {args.lambda_d:g} | memory {','.join(rules)} x {args.slots} | seed {run.seed}")
+          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {tuned_count:,} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters tuned | {plan.steps} steps of "
+          f"{plan.batch} | lambda_r {args.lambda_r:g} lambda_d {args.lambda_d:g} | "
+          f"memory {','.join(rules)} x {args.slots} | seed {run.seed}")
     if run.compile:
         model.compile()
     minmax = MinMax(args.lambda_r, args.lambda_d, args.slots, rules, args.z_hat, args.criterion, run.seed)

@@ -9,9 +9,9 @@
     python sample.py --steps auto --seconds 10   # in as many steps as are best for that
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
-Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Images are drawn in blocks
-of --batch. Under a budget a block after the first starts only if the longest block so far would still fit;
-the run then exceeds the budget by no more than the last block's excess over the longest one before it.
+Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Under a budget a block of
+--batch images, after the first, starts only if the longest block so far would still fit; the run then exceeds
+the budget by no more than the last block's excess over the longest one before it.
 Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
 checkpoint, the flags --vae to --cfg-channels, the seed, the class and the index fix an image: to the byte on
 one device with one --batch (so that a resumed run writes the same files), otherwise, in float32, to one grey
@@ -269,12 +269,14 @@ def draw_set(args, run):
                 "batch": args.batch, "npz": args.npz}   # a set of other settings is never added to
     sampler_in = functools.partial(sampler_of, args.sampler, grid=grid, schedule=trained.schedule,
                                    eta=args.eta)
-    if args.steps == "auto":                                    # a judge: a classifier trained on a pilot
+
+    def draw_with(sampler):                                     # -> a function from items to their pictures
+        return functools.partial(draw, trained, sampler, args.seed)
+    if args.steps == "auto":                # draws a small set, a pilot, in each count; judges compare them
         judge = functools.cache(lambda: pilots.judge_of_pilots(args, header["recipe"], run.device,
                                                                train_judges, count_epochs))
-        settings["steps"] = pilots.choose_steps(
-            lambda steps: functools.partial(draw, trained, sampler_in(steps), args.seed), judge, place,
-            settings, budget, run)
+        settings["steps"] = pilots.choose_steps(lambda steps: draw_with(sampler_in(steps)), judge, place,
+                                                settings, budget, run)
     sampler = sampler_in(settings["steps"])                     # raises UserError before files are changed
     place.open({"settings": settings, "data": name, "classes": header["classes"], "ipc": 0, "budget": 0.0,
                 "seconds": 0.0, "command": run.command}, args.overwrite)
@@ -288,8 +290,7 @@ def draw_set(args, run):
         print(f"{place.path} holds {saved} images a class already (same settings): left as it is -> "
               f"{evaluate}" + f" --ipc {ipc}" * (ipc < saved))
         return
-    images = place.fill(functools.partial(draw, trained, sampler, args.seed), ipc, budget, args.batch,
-                        run.command)
+    images = place.fill(draw_with(sampler), ipc, budget, args.batch, run.command)
     # call_times runs the loop once more, on a (1, 1, 1, 1) x and without the network
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in solvers.call_times(sampler))
     print(f"{images} images | {place.record['ipc']} a class | {place.record['seconds']:.1f} s | "

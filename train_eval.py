@@ -21,9 +21,8 @@ over n judges (in the rows random and kmeans each has its own selection). The be
 hundred), chosen on the test images, stands beside it because others report that. Below the table, as
 fractions: HLR, what a set loses to all real images, and IOR, what it gains over as many random ones.
 Each row is appended to out/digits/results.jsonl. A stopped row resumes from out/digits/judges.
-Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024);
-Kim et al. 2022 and Gu et al. 2024 (gu), Yun et al. 2019 (CutMix), Su et al. 2024 (post data augmentation),
-DD-Ranking 2025 (HLR, IOR).
+Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024), Kim
+et al. 2022 and Gu et al. 2024 (gu), Su et al. 2024 (post data augmentation), DD-Ranking 2025 (HLR, IOR).
 """
 import math
 import pathlib
