@@ -49,7 +49,7 @@ def tables(rows, scale=cifar100_rows.FULL):
 
     What was not measured is a dash.
     """
-    there = {(row["table"], row["row"], row["asked"]): row for row in rows}
+    there = {report.key(row): row for row in rows}
 
     def lines(name, cells, order):
         """A line of cells(what was trained on, what was asked, row or {}) for each of the table's jobs."""

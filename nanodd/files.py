@@ -50,6 +50,12 @@ def save_state(path, state):
         temporary.write_bytes(buffer.getbuffer())
 
 
+def save_json(path, value):
+    """Writes plain data to `path` atomically, as indented JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
 def fetch(url, name, flag):
     """The path of the file `name` in torch's hub cache, downloaded from `url` first where it is missing.
 

@@ -1,5 +1,6 @@
 """Shared by all tests: they run offline, on a CPU, each in an empty folder of its own."""
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import convnet
 import diffusion
 import minimax
 import sample
@@ -55,6 +57,13 @@ def workplace(tmp_path, monkeypatch):
     for where, name, value in shrink():
         monkeypatch.setitem(where, name, value)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Quick judges, for tests of what stands around them; tables call them by their usual name."""
+    monkeypatch.setitem(convnet.JUDGES, "convnet3",
+                        ("ConvNetD3-W128", functools.partial(convnet.ConvNet, width=8)))
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,6 @@ from nanodd.judging import baselines
 from train_eval import evaluate
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """Quick judges, for tests of what stands around them."""
-    monkeypatch.setitem(convnet.JUDGES, "convnet3",
-                        ("ConvNetD3-W8", functools.partial(convnet.ConvNet, width=8)))
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

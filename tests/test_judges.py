@@ -1,6 +1,5 @@
 """Judges train side by side as they would alone, resume where they were killed, and stop at once."""
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -21,13 +20,7 @@ from train_eval import evaluate, train_judge, train_judges
 plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 GU = dataclasses.replace(plain, protocol="gu")
 challenge = dataclasses.replace(plain, protocol="challenge")
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """Quick judges, for tests of what stands around them."""
-    monkeypatch.setitem(convnet.JUDGES, "convnet3",
-                        ("ConvNetD3-W128", functools.partial(convnet.ConvNet, width=8)))
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 class PulledPlug(BaseException):

@@ -22,13 +22,6 @@ GU = dataclasses.replace(plain, protocol="gu")
 challenge = dataclasses.replace(plain, protocol="challenge")
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """Quick judges, for tests of what stands around them; tables call them by their usual name."""
-    monkeypatch.setitem(convnet.JUDGES, "convnet3",
-                        ("ConvNetD3-W128", functools.partial(convnet.ConvNet, width=8)))
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

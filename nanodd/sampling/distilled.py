@@ -230,8 +230,7 @@ class Place:
     def save(self, record):
         """Writes the record to distilled.json, on the first process."""
         if processes.rank() == 0:
-            with files.atomic_write(self.record_path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n")
+            files.save_json(self.record_path, record)
 
     def fill(self, draw, ipc, budget, batch, command):
         """Draws the missing images, and writes record and contact sheet; returns the number of images.

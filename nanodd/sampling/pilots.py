@@ -87,7 +87,7 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     if decision.get("settings") == settings:
         print(f"{path} has decided on {decision['steps']} steps (same settings)")
         return decision["steps"]
-    if (out / "distilled.json").is_file():
+    if place.record_path.is_file():
         raise UserError(f"{out} holds a set already, and no {path.name} says that its steps are the best for "
                         "this: choose --out ELSEWHERE, or --overwrite")
     print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
@@ -104,9 +104,8 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     best = max(rows, key=lambda row: row["accuracy"])["steps"]
     print(f"-> {best} steps; this table is in {path}")
     if processes.rank() == 0:
-        with files.atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, "share": share, "rows": rows,
-                                             "steps": best, "command": run.command}, indent=1) + "\n")
+        files.save_json(path, {"settings": settings, "share": share, "rows": rows, "steps": best,
+                               "command": run.command})
     return best
 
 
