@@ -4,7 +4,7 @@
     DDIM  x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma noise
     DDPM: nanodd/networks/ddpm.py             DPM-Solver and DPM-Solver++(2M): nanodd/sampling/solvers.py
 
-    python sample.py --steps 10                  # 100 digits: 5 s on two CPU cores, most of it start-up
+    python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
     python sample.py --steps auto --seconds 10   # in as many steps as are best for that
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs

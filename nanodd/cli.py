@@ -53,8 +53,8 @@ def add_flags(parser, names):
 
 
 def new_parser(doc):
-    """An ArgumentParser whose --help opens with the file's own first screen."""
-    return argparse.ArgumentParser(description=doc, allow_abbrev=False,
+    """An ArgumentParser whose --help opens with the file's own first screen, without a line of usage."""
+    return argparse.ArgumentParser(description=doc, allow_abbrev=False, usage=argparse.SUPPRESS,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

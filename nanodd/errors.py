@@ -32,7 +32,8 @@ def exit_on_user_error(parser, again="the same command resumes"):
         if not re.search("^$|out of memory|can't allocate memory", str(error)):
             raise
         help_text = parser.format_help()
-        flags = [flag for flag in ("--recompute", "--batch", "--bf16", "--size") if f"{flag} " in help_text]
+        flags = [flag for flag in ("--recompute", "--batch", "--bf16", "--size")
+                 if re.search(rf"^ +{flag}\b", help_text, re.MULTILINE)]
         parser.exit(2, f"{parser.prog}: out of memory; what helps: {' or '.join(flags) or 'a smaller set'} "
                        "(a smaller number where it takes one)\n")
     except OSError as error:
