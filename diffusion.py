@@ -8,9 +8,9 @@
     python diffusion.py --network uvit                      # U-ViT in place of DiT (nanodd/networks/uvit.py)
     python diffusion.py --weights DiT-XL-2-256x256.pt       # takes ImageNet's published weights instead
 
-Writes out/digits/base.safetensors (the averaged weights, and what it takes to build the network again) and
-base.log.jsonl. A stopped run resumes; on a CPU its final weights are the same to the bit. Under torchrun the
-batch is divided over the processes.
+Writes out/digits/base.safetensors (the averaged weights, and what it takes to build the network again),
+base.log.jsonl, and base.png, a row of samples after each tenth of the steps. A stopped run resumes; on a CPU
+its final weights are the same to the bit. Under torchrun the batch is divided over the processes.
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Peebles & Xie 2023 (DiT),
 Xie et al. 2023 (DiffFit).
 """
@@ -30,8 +30,9 @@ from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
 from nanodd import cli, processes
 from nanodd.data import datasets
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd.errors import exit_on_user_error
 from nanodd.networks import checkpoint, ddpm, models, published, training
+from nanodd.sampling import sheets
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule and the forward process
@@ -185,22 +186,19 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """eps_hat(x_t, t, y): x (B, C, H, W), t (B,) in [0, 999], y (B,) rows of the label table -> (B, C, H, W).
 
-    size: H = W, a multiple of patch (else UserError). classes: K; the label table has K + 1 rows. With
-    `learned_variance` there are 2C output channels: eps_hat, then the variance logits. With `difffit` the
-    first 14 blocks have DiffFit's factors (gammas), which start at 1 and change nothing.
+    size: H = W, a multiple of patch. classes: K; the label table has one row more: "no class", for guidance.
+    With `learned_variance` there are 2C output channels: eps_hat, then the variance logits. With `difffit`
+    the first 14 blocks have DiffFit's factors (gammas), which start at 1 and change nothing.
     """
     recompute = False          # True: gradient checkpointing, less memory for more time in training
 
     def __init__(self, network, size, patch, channels, classes, learned_variance=False, difffit=False):
         super().__init__()
-        if size % patch:
-            raise UserError(f"patches of {patch} pixels do not tile {size} pixels")
         depth, width, heads = SIZES[network]
         self.patch, self.grid = patch, size // patch
         self.x_embedder = PatchEmbed(size, patch, channels, width)
         self.pos_embed = nn.Parameter(position_table(self.grid, width), requires_grad=False)
         self.t_embedder = TimestepEmbedder(width)
-        # the last row means "no class", for classifier-free guidance
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
         self.blocks = nn.ModuleList(Block(width, heads, difffit and i < DIFFFIT_BLOCKS) for i in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels * (2 if learned_variance else 1))
@@ -257,7 +255,7 @@ def denoising_loss(model, schedule, x0, y, t, eps):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. The training loop
+# 4. Training a base model
 
 
 def training_batch(examples, plan, step, rows, schedule):
@@ -291,10 +289,6 @@ def train(trainer, examples, rows, schedule, start=0):
         yield {"loss": loss.detach()}
 
 
-# ----------------------------------------------------------------------------------------------------
-# 5. The base model
-
-
 def train_base(data, path, run, network=None, steps=None, weights=None):
     """Trains the base model of `data` (datasets.Data) and writes it to `path`, unless it is there already.
 
@@ -304,7 +298,8 @@ def train_base(data, path, run, network=None, steps=None, weights=None):
     base = models.new_base(data, path, run, network, steps, weights)        # builds the network and AdamW
     if base is not None:                                        # else `path` is finished, or was imported
         loop = functools.partial(train, base.trainer, base.examples, base.rows, base.schedule)
-        training.fit(base.trainer, loop, path, base.header, run.overwrite)
+        show = sheets.growing(base, path.with_suffix(".png"))   # draws a row at each tenth
+        training.fit(base.trainer, loop, path, base.header, run.overwrite, show=show)
 
 
 def main(argv=None):
@@ -313,9 +308,9 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="optimizer steps; fewer are faster and blurrier")
     parser.add_argument("--network", choices=checkpoint.choices(), help="a size of DiT, or U-ViT")
     parser.add_argument("--weights", nargs="?", const="", metavar="FILE",
-                        help="train nothing: take a published DiT-XL-2-256x256.pt or -512x512.pt, fetched if "
-                             "no FILE is named, for all ImageNet subsets. With --network uvit: start from a "
-                             "published .pth (--steps 0: take it as it is)")
+                        help="train nothing: take DiT's published .pt, fetched if no FILE is named, for all "
+                             "ImageNet subsets. With --network uvit: start from a published .pth (--steps 0: "
+                             "take it as it is)")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser), processes.process_group():
         run, backbone = cli.run_of(args, __file__, argv), checkpoint.named(args.network)[0]

@@ -12,10 +12,10 @@ z_hat is the one-step prediction of the clean image, L_diff the loss of diffusio
 the min is over all pairs of a prediction and a stored real image of the class, the max over all pairs of a
 prediction and an earlier one; a term's gradient reaches one prediction alone. Trains or fetches a base model
 first if there is none. Writes the averaged tuned weights to out/digits/minimax.safetensors, to be loaded over
-the base's; with --phases one file for each group of classes, minimax-0-19.safetensors and so on.
+the base's, and minimax.png, samples of the same seeds before (above) and after (below) fine-tuning; with
+--phases two files for each group of classes, minimax-0-19.safetensors and so on.
 """
 import functools
-import os
 import pathlib
 import shlex
 
@@ -25,10 +25,11 @@ import torch.nn.functional as F
 
 from diffusion import denoising_loss, train_base, training_batch
 from memory import Memory, rule_pair
-from nanodd import checks, cli, files, processes
-from nanodd.data import datasets, imageset
+from nanodd import checks, cli, processes
+from nanodd.data import datasets
 from nanodd.errors import exit_on_user_error
-from nanodd.networks import checkpoint, latents, models, training
+from nanodd.networks import models, training
+from nanodd.sampling import sheets
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The two criteria, and what Gu et al. compare them with
@@ -142,52 +143,17 @@ def tune(trainer, examples, rows, schedule, minmax, start=0):
         yield {"loss": denoised.loss.detach().mean(), **terms}
 
 
-def difffit_parameters(model):
-    """The names of what DiffFit tunes: biases, gammas and the label table (Xie et al. 2023).
-
-    "norm" matches U-ViT's layer norms (DiT's have no parameters), "label_emb" U-ViT's label table.
-    """
-    parts = "bias", "norm", "gamma", "y_embed", "label_emb"
-    return [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
-
-
 def tune_phase(args, run, data, phase, base, path):
     """Fine-tunes the base model in the file `base` on the classes phase[0] to phase[1], and writes `path`."""
-    recipe, header, (first, last) = data.recipe, files.read_header(base), phase
-    data = data._replace(train=data.train.pick((first <= data.train.labels) & (data.train.labels <= last)))
-    plan = checks.tuning_plan(args, run, data, checkpoint.width_of(header["config"]))
-    rules = rule_pair(args.memory)
-    settings = {**plan._asdict(), "data": imageset.fingerprint(data.train), "base": header["fingerprint"],
-                "lambda_r": args.lambda_r, "lambda_d": args.lambda_d, "memory": list(rules),
-                "slots": args.slots, "z_hat": args.z_hat, "criterion": args.criterion, "tune": args.tune,
-                "processes": processes.world(),
-                "encoder": latents.source_name(run.vae) if recipe.latents else None}
-    if checkpoint.finished(path, settings, run.overwrite):
+    start = models.new_tuned(args, run, data, phase, base, path)            # builds the network and AdamW
+    if start is None:                                           # `path` is finished
         return
-    examples = latents.prepared(data, run)
-    config = {**header["config"], "difffit": args.tune == "difffit"}
-    model = checkpoint.rebuild(config, files.load_tensors(base), base).to(run.device)
-    model.recompute, tuned = run.recompute, set(difffit_parameters(model))
-    for name, parameter in model.named_parameters():
-        if args.tune == "difffit":                              # else all but DiT's fixed positions
-            parameter.requires_grad_(name in tuned)
-    tuned_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
-          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {tuned_count:,} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters tuned | {plan.steps} steps of "
-          f"{plan.batch} | lambda_r {args.lambda_r:g} lambda_d {args.lambda_d:g} | "
-          f"memory {','.join(rules)} x {args.slots} | seed {run.seed}")
-    if run.compile:
-        model.compile()
-    minmax = MinMax(args.lambda_r, args.lambda_d, args.slots, rules, args.z_hat, args.criterion, run.seed)
-    schedule = checkpoint.schedule_of(header["schedule"], base, run.device)
-    rows = models.check_base(header, base, data)                # (K + 1,)
-    header = {**checkpoint.new_header(data, config, settings, run.command, schedule), "rows": rows,
-              "phase": phase, "base": {"file": os.path.relpath(base, path.parent),
-                                       "fingerprint": header["fingerprint"]}}
-    trainer, rows = training.Trainer(model, plan), torch.tensor(rows, device=run.device)
-    loop = functools.partial(tune, trainer, examples, rows, schedule, minmax)
-    training.fit(trainer, loop, path, header, run.overwrite, memories=minmax)
+    minmax = MinMax(args.lambda_r, args.lambda_d, args.slots, args.memory, args.z_hat, args.criterion,
+                    run.seed)
+    loop = functools.partial(tune, start.trainer, start.examples, start.rows, start.schedule, minmax)
+    before = sheets.draw(start, columns=20)                     # what the base model draws of the same seeds
+    training.fit(start.trainer, loop, path, start.header, run.overwrite, memories=minmax)
+    sheets.save_pair(before, sheets.draw(start, columns=20), path.with_suffix(".png"))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -224,18 +190,15 @@ def main(argv=None):
         run = cli.run_of(args, __file__, argv)
         data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         checks.fill_tuning_flags(args, data.recipe)
-        rule_pair(args.memory)                                  # an unknown rule is refused before any work
+        args.memory = list(rule_pair(args.memory))              # an unknown rule is refused before any work
         phases = checks.phases(args, data)
         if args.dry_run:
             return models.describe_phases(data, phases)
         base = models.base_of(args, data, run, train_base)
-        models.check_base(files.read_header(base), base, data)  # refused now, not after the first phase
         for path, phase in phases.items():
             tune_phase(args, run, data, phase, base, path)
         source = path if len(phases) == 1 else path.parent
-        how = "--steps 10" if not data.recipe.latents else \
-            "--sampler ddpm --grid uniform --steps 50 --cfg-channels 3"     # as Gu et al.
-        print(f"{source} -> python sample.py {how}{cli.data_flags(args, '--out')}"
+        print(f"{source} -> python sample.py {data.recipe.sampling}{cli.data_flags(args, '--out')}"
               + (f" --checkpoint {shlex.quote(str(source))}" if args.out or args.classes else ""))
 
 

@@ -7,17 +7,18 @@
     python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
     python sample.py --steps auto --seconds 10   # in as many steps as are best for that
+    python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Under a budget a block of
 --batch images, after the first, starts only if the longest block so far would still fit; the run then exceeds
 the budget by no more than the last block's excess over the longest one before it.
 Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
-checkpoint, the flags --vae to --cfg-channels, the seed, the class and the index fix an image: to the byte on
+checkpoint, the flags --vae to --mode-weight, the seed, the class and the index fix an image: to the byte on
 one device with one --batch (so that a resumed run writes the same files), otherwise, in float32, to one grey
-level. --ipc 5 is the first half of --ipc 10.
+level. --ipc 5 is the first half of --ipc 10, except with --oversample, and with --modes without a number.
 Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho & Salimans 2022 and Kynkaanniemi et al. 2024
-(guidance), Lu et al. 2022 (DPM-Solver), Lu et al. 2023 (DPM-Solver++), Lin et al. 2024 (the trailing grid).
+(guidance), Lu et al. 2022, 2023 (DPM-Solver), Lin et al. 2024 (trailing), Chan-Santiago et al. 2025 (modes).
 """
 import functools
 import hashlib
@@ -34,8 +35,8 @@ from nanodd import checks, cli, processes, recipes
 from nanodd.data import datasets
 from nanodd.errors import UserError, exit_on_user_error
 from nanodd.networks import ddpm
-from nanodd.sampling import distilled, loading, pilots, solvers
-from train_eval import count_epochs, train_judges
+from nanodd.sampling import distilled, loading, modes, oversample, pilots, solvers
+from train_eval import count_epochs, real_judge, train_judges
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Grids: the times at which a sampler calls the network, in [0, 999] whatever the schedule
@@ -178,6 +179,25 @@ def calls_at(t, guidance, interval):
     return 2 if guidance != 1 and low <= t <= high else 1
 
 
+def mode_guided(predict, sampler, centres, weight):
+    """predict, with mode guidance in the first half of the steps: eps_hat - weight sigma (m - x0_hat).
+
+    So x0_hat moves by weight sigma^2 / alpha of its way to m: beyond m near t = 999. centres: m (B, C, H, W),
+    a mode of its class for each image (nanodd/sampling/modes.py). Chan-Santiago et al. 2025 add weight
+    (m - x0_hat), times the posterior's deviation, to DDPM's mean; this form serves every sampler.
+    """
+    end = sampler.times[len(sampler.times) // 2]
+
+    def guided_predict(x, t):
+        eps_hat, logits = predict(x, t)
+        if t > end:
+            abar = sampler.schedule.abar_at(t)
+            x0_hat = (x - math.sqrt(1 - abar) * eps_hat) / math.sqrt(abar)              # (B, C, H, W)
+            eps_hat = eps_hat - weight * math.sqrt(1 - abar) * (centres - x0_hat)
+        return eps_hat, logits
+    return guided_predict
+
+
 def image_noise(seed, names, shape, device):
     """Returns noise(k), (B, *shape) for k = 0, 1, ...: each image draws from a CPU generator of its own.
 
@@ -192,10 +212,11 @@ def image_noise(seed, names, shape, device):
     return noise
 
 
-def draw(trained, sampler, seed, items):
+def draw(trained, seed, sampler, items, centres=None, mode_weight=0.0):
     """Draws n pictures (n, C, H, W) uint8 on the CPU; latents are decoded. items: n pairs (label, index).
 
     trained: a loading.Trained. A network tuned in phases draws each class with the weights of its phase.
+    centres: (K, M, C, H, W), or None; image k of a class is pulled towards its class's centre k mod M.
     Raises UserError where a picture is not finite.
     """
     header, device = trained.header, next(trained.network.parameters()).device
@@ -205,6 +226,9 @@ def draw(trained, sampler, seed, items):
         chosen = [items[i] for i in positions]
         rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)  # (n,)
         predict = guided(trained.network, rows, header["rows"][-1], **trained.guide)    # [-1]: "no class"
+        if centres is not None:
+            own = torch.stack([centres[label, index % centres.shape[1]] for label, index in chosen])
+            predict = mode_guided(predict, sampler, own, mode_weight)       # own: (n, C, H, W)
         names = [(header["classes"][label], index) for label, index in chosen]
         x[positions] = sampler(predict, image_noise(seed, names, shape, device))
     return loading.pictures_of(trained, x)
@@ -218,14 +242,13 @@ def main(argv=None):
     parser = cli.new_parser(__doc__)
     cli.add_flags(parser, "data root validation out seed device skip-broken overwrite bf16 compile")
     parser.add_argument("--vae", default="mse", metavar="ema|mse|FILE",
-                        help="what decodes latents: one of stabilityai's autoencoders, fetched once, or a "
-                             "file (default: %(default)s, as Gu et al., who encode with ema)")
+                        help="what decodes latents: an autoencoder of stabilityai's, fetched once, or a file "
+                             "(default: %(default)s, as Gu et al., who encode with ema)")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: what minimax.py "
                              "wrote to --out or out/NAME; else what came with the code, in weights/NAME)")
     parser.add_argument("--steps", type=checks.number_or_auto, default=10, metavar="N|auto",
-                        help="network calls, two each with guidance; auto: the best count for the budget "
-                             "(default: %(default)s)")
+                        help="network calls; auto: the best count for the budget (default: %(default)s)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim",
                         help="dpm1 to dpm3: DPM-Solver of that order; dpm-fast: U-ViT's, at 50 steps; "
                              "dpm++2m: DPM-Solver++ (default: %(default)s)")
@@ -233,18 +256,24 @@ def main(argv=None):
                         help="where in t the steps lie (default: quadratic; of DPM-Solvers logsnr)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="share of DDPM's noise that DDIM adds, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, help="1 is none; more is clearer and less diverse "
-                                                       "(default: the checkpoint's)")
+    parser.add_argument("--guidance", type=float, help="1: none; more: less varied (default: the model's)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         default=(0, Schedule.T - 1),
                         help="guide only where LOW <= t <= HIGH, at half the cost elsewhere (default: 0 999)")
     parser.add_argument("--cfg-channels", type=int, metavar="N",
                         help="guide the first N channels only: 3, as DiT's published samples (default: all)")
+    parser.add_argument("--modes", type=int, nargs="?", const=math.inf, metavar="N",
+                        help="mode guidance: image k of a class is pulled towards number k mod N of the N "
+                             "k-means centres of its training images (default N: --ipc)")
+    parser.add_argument("--mode-weight", type=float, help="strength of --modes (default: 0.1)")
     parser.add_argument("--ipc", type=int, help="images per class (default: 10)")
+    parser.add_argument("--oversample", type=int, default=1, metavar="K",
+                        help="draw K times as many images, all within --seconds, and keep the best")
+    parser.add_argument("--keep", choices=oversample.RULES, help="how --oversample chooses the best: see "
+                        "nanodd/sampling/oversample.py (default: herding)")
     parser.add_argument("--seconds", type=float,
-                        help="in place of --ipc: as many images of every class as fit into this time; after "
-                             "the first, a block of --batch images starts only if the longest block so far "
-                             "would still fit; the last one may exceed the time by what it takes beyond that")
+                        help="in place of --ipc: as many of every class as this allows; after the first, a "
+                             "block starts only if the longest block so far would still fit (see above)")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--batch", type=int, default=100,
                         help="images drawn at once, by each process (default: %(default)s)")
@@ -261,40 +290,47 @@ def draw_set(args, run):
     out = args.out or pathlib.Path("out", name)
     trained = loading.for_sampling(args, run, name, out)
     header, guide, grid = trained.header, trained.guide, args.grid or SAMPLERS[args.sampler][1]
-    place = distilled.Place(out, header["classes"], args.npz)
+    place = pool = distilled.Place(out, header["classes"], args.npz)
+    mode_arguments, mode_settings = modes.of_flags(args, run, header, ipc)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": grid,
                 "eta": args.eta, "guidance": guide["guidance"],
                 "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"],
                 "bf16": trained.bf16, "autoencoder": trained.autoencoder, "seed": args.seed,
-                "batch": args.batch, "npz": args.npz}   # a set of other settings is never added to
+                "batch": args.batch, "npz": args.npz, **mode_settings}
     sampler_in = functools.partial(sampler_of, args.sampler, grid=grid, schedule=trained.schedule,
                                    eta=args.eta)
-
-    def draw_with(sampler):                                     # -> a function from items to their pictures
-        return functools.partial(draw, trained, sampler, args.seed)
+    drawing = functools.partial(draw, trained, args.seed, **mode_arguments)  # still takes sampler and items
     if args.steps == "auto":                # draws a small set, a pilot, in each count; judges compare them
         judge = functools.cache(lambda: pilots.judge_of_pilots(args, header["recipe"], run.device,
                                                                train_judges, count_epochs))
-        settings["steps"] = pilots.choose_steps(lambda steps: draw_with(sampler_in(steps)), judge, place,
-                                                settings, budget, run)
+        settings["steps"] = pilots.choose_steps(lambda steps: functools.partial(drawing, sampler_in(steps)),
+                                                judge, place, settings, budget, run)
     sampler = sampler_in(settings["steps"])                     # raises UserError before files are changed
-    place.open({"settings": settings, "data": name, "classes": header["classes"], "ipc": 0, "budget": 0.0,
-                "seconds": 0.0, "command": run.command}, args.overwrite)
-    parameters = sum(p.numel() for p in trained.network.parameters())
+    fresh = {"settings": settings, "data": name, "classes": header["classes"], "ipc": 0, "budget": 0.0,
+             "seconds": 0.0, "command": run.command}
+    if args.oversample > 1:                 # draws more images into a pool, of which the best are kept
+        pool = distilled.Place(out / "pool", header["classes"], args.npz)
+        size = [str(ipc * args.oversample), str(budget)]
+        pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)
+        fresh["settings"] = {**settings, "oversample": [args.oversample, args.keep, str(ipc), str(budget)]}
+    place.open(fresh, args.overwrite)
     print(f"{trained.source} | {name} | device {run.device}{' bf16' * trained.bf16} x {processes.world()} | "
-          f"{parameters / 1e6:.2f}M parameters | {args.sampler}, {settings['steps']} steps, {grid} grid | "
-          f"guidance {guide['guidance']:g} | seed {args.seed}")
+          f"{sum(p.numel() for p in trained.network.parameters()) / 1e6:.2f}M parameters | {args.sampler}, "
+          f"{settings['steps']} steps, {grid} grid | guidance {guide['guidance']:g} | seed {args.seed}")
     evaluate = f"python train_eval.py{cli.data_flags(args, '--out')}"
     if place.holds(ipc, budget):
         saved = place.record["ipc"]
         print(f"{place.path} holds {saved} images a class already (same settings): left as it is -> "
               f"{evaluate}" + f" --ipc {ipc}" * (ipc < saved))
         return
-    images = place.fill(draw_with(sampler), ipc, budget, args.batch, run.command)
+    images = drawn = pool.fill(functools.partial(drawing, sampler), ipc * args.oversample, budget, args.batch,
+                               run.command)
+    if pool is not place:
+        images = oversample.keep_best(args, run, header["recipe"], pool, place, real_judge)
     # call_times runs the loop once more, on a (1, 1, 1, 1) x and without the network
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in solvers.call_times(sampler))
     print(f"{images} images | {place.record['ipc']} a class | {place.record['seconds']:.1f} s | "
-          f"{images * calls:,} network evaluations ({calls} an image)")
+          f"{drawn * calls:,} network evaluations ({calls} an image)")
     print(f"saved {place.path} and {place.sheet} -> {evaluate}"
           + (f" --recipe {header['recipe']}" if header["recipe"] != recipes.own_recipe(args.data) else ""))
 

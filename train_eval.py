@@ -6,6 +6,7 @@ A judge is a classifier that is trained from scratch on the small set alone.
 
     python train_eval.py                            # four rows of judges: 4 minutes, two cores with bf16
     python train_eval.py herding kcenter --ipc 1    # other training sets, by name or folder; "a+b" joins two
+    python train_eval.py --metrics                  # and how precise and how varied each set is
     python train_eval.py --pda 4                    # with four augmented copies of each distilled image
     python train_eval.py --data cifar100            # by the challenge's evaluator; its time is not measured
     python train_eval.py --data imagewoof --root DIR --net resnet18     # Gu et al.'s protocol; not measured
@@ -18,12 +19,12 @@ recipe's epochs and augmentations, in bfloat16 where it is faster. "gu", for Ima
 or another at 224 pixels, batches of 64, CutMix, a fifth of the rate after 2/3 of the epochs, again after 5/6.
 The number to quote is the LAST epoch's accuracy on the real test split, mean +- sample standard deviation
 over n judges (in the rows random and kmeans each has its own selection). The best of ten epochs (gu: of a
-hundred), chosen on the test images, stands beside it because others report that. Below the table, as
-fractions: HLR, what a set loses to all real images, and IOR, what it gains over as many random ones.
-Each row is appended to out/digits/results.jsonl. A stopped row resumes from out/digits/judges.
+hundred), chosen on the test images, stands beside it because others report that. Below the table: HLR and
+IOR (nanodd/judging/results.py). Rows are appended to out/digits/results.jsonl; a stopped one resumes.
 Sources: Zhao & Bilen 2021 (DSA), the evaluator of the first dataset distillation challenge (ECCV 2024), Kim
 et al. 2022 and Gu et al. 2024 (gu), Su et al. 2024 (post data augmentation), DD-Ranking 2025 (HLR, IOR).
 """
+import functools
 import math
 import pathlib
 import statistics
@@ -39,7 +40,7 @@ import convnet
 from nanodd import checks, cli
 from nanodd.data import datasets
 from nanodd.errors import exit_on_user_error
-from nanodd.judging import augment, baselines, gu, judges
+from nanodd.judging import augment, baselines, features, gu, judges, results
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Differentiable siamese augmentation (DSA, Zhao & Bilen 2021), with the challenge's strengths
@@ -222,28 +223,30 @@ def train_judges(trains, test, recipe, epochs, seeds, num_evals=None, **how):
                                accuracy=accuracy, num_evals=num_evals, **how)
 
 
-def train_judge(images, test, recipe, epochs, seed, **how):
-    """One judge alone: (judge, accuracies), as train_judges has them."""
-    return train_judges([images], test, recipe, epochs, [seed], **how)[0]
+def real_judge(train, recipe, folder=None):
+    """A judge of all of `train`, an ImageSet on the device, as features.RealJudge; `folder` caches it."""
+    bf16 = PROTOCOLS[recipe.protocol].bf16 and cli.gains_from_bf16(train.images.device)
+
+    def make():                                                 # one seed: all rows share their features
+        epochs, one = count_epochs(recipe, len(train.labels), len(train.classes)), train.pick(slice(1))
+        return train_judges([train], one, recipe, epochs, [0], num_evals=1, bf16=bf16)[0][0]
+    judge = features.cached_judge(folder, train, recipe, bf16, make, convnet.judge).eval()
+    return features.RealJudge(lambda images: in_batches(judge.embed, images, recipe),
+                              lambda images: in_batches(judge, images, recipe))
 
 
 def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=None, pda=0, compiled=False,
-             keep=None):
+             keep=None, compare=None):
     """Trains `runs` judges on `source` and tests them on data.test: one row of results.jsonl, as a dict.
 
     source, ipc: see baselines.Pool.training_set. data: Data, whose ImageSets are on the device. pool: a
     baselines.Pool that several rows share. pda: augmented copies of each image, not counted in "ipc". keep: a
-    folder in which judges are saved while they train, so that a stopped row resumes.
+    folder that saves the judges of a stopped row. compare: gives "metrics", see features.comparison.
     """
     began, recipe, device = judges.clock(), data.recipe, data.test.images.device
-    pool = pool or baselines.Pool(data, device)
-
-    def embed(images):                                          # for herding and k-center: a judge's features
-        count = count_epochs(recipe, len(images.labels), len(images.classes))
-        judge, _ = train_judge(images, data.test, recipe, count, seed, num_evals=1, bf16=bf16)
-        return in_batches(judge.embed, images.images, recipe)               # (N, F)
+    pool = pool or baselines.Pool(data, device, real_judge)
     seeds = [1000 * seed + r for r in range(runs)]              # of judges; random sets: 500 higher
-    trains = pool.training_sets(source, ipc, pda, [s + 500 for s in seeds], embed)
+    trains = pool.training_sets(source, ipc, pda, [s + 500 for s in seeds])
     images, classes = len(trains[0].labels), len(trains[0].classes)
     count = epochs or count_epochs(recipe, images, classes)
     checkpoint = judges.checkpoint_of(keep, trains, data.test, recipe, count, seeds, bf16)
@@ -258,7 +261,9 @@ def evaluate(source, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=Non
             "std": round(statistics.stdev(last), 4) if runs > 1 else None,
             "best": round(statistics.mean(round(max(curve), 4) for _, curve in judged), 4),
             "seconds": round(judges.clock() - began + checkpoint.earlier, 1),
-            "device": str(device) + (" bf16" if bf16 else ""), "seed": seed}
+            "device": str(device) + (" bf16" if bf16 else ""), "seed": seed,
+            **({"metrics": compare([part.pick(slice(images // (1 + pda))) for part in trains])}
+               if compare else {})}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -282,6 +287,10 @@ def main(argv=None):
                         help="add K augmented copies of each image of the SOURCEs (default: %(default)s)")
     parser.add_argument("--runs", type=int, help="judges per row (default: 3; under short 5)")
     parser.add_argument("--epochs", type=int, help="of each judge (default: by protocol, recipe and images)")
+    parser.add_argument("--metrics", action="store_true",
+                        help="also precision, recall, ...; first trains a judge of all real images, once")
+    parser.add_argument("--features", default="judge", metavar="judge|timm:NAME",
+                        help="of what --metrics compares: a judge of all real images, or a pretrained one")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser, again="the rows that are done are in results.jsonl; the same command "
                             "trains them again, and resumes the one that was stopped"):
@@ -300,7 +309,8 @@ def run(args, command):
         train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
     bf16 = protocol.bf16 and cli.gains_from_bf16(device) if args.bf16 is None else args.bf16
-    home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(data, device)
+    home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(
+        data, device, functools.partial(real_judge, folder=pathlib.Path("out", data.name)))
     planned, ipc = baselines.plan_rows(args.sources, args.pda, args.ipc, pool, home, protocol.baselines,
                                        f"python sample.py --steps 10{cli.data_flags(args)} makes it")
     data = data._replace(test=test.read().to(device))
@@ -310,19 +320,15 @@ def run(args, command):
           f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {runs} runs | "
           f"seed {args.seed}")
     compiled = args.compile and judges.compiles(convnet.judge, recipe, classes, device)
-    print(baselines.TABLE_HEADER)
+    compare = features.comparison(args.features, pool.real_judge, data.test) if args.metrics else None
+    print(results.TABLE_HEADER)
     for source, copies in tqdm(planned, disable=None, leave=False):
         rows.append(evaluate(source, data, ipc=ipc, runs=runs, seed=args.seed, epochs=args.epochs, bf16=bf16,
-                             pool=pool, pda=copies, compiled=compiled, keep=home / "judges"))
-        baselines.append_row(log, rows[-1], command)
-        tqdm.write(baselines.table_line(rows[-1]))
-    print("accuracy: last epoch, mean +- sample standard deviation (runs); best: of up to "
-          f"{protocol.num_evals} epochs, evenly spread | added to {log}")
-    for row in baselines.score_rows(rows):
-        baselines.append_row(log, row, command)
-        print(f"{row['train']} | HLR {row['hlr']:.3f} | IOR {row['ior']:.3f}")
-    if recipe.protocol == "challenge":
-        baselines.print_challenge_score(log, data.name)
+                             pool=pool, pda=copies, compiled=compiled, keep=home / "judges",
+                             compare=compare))
+        results.append_row(log, rows[-1], command)
+        tqdm.write(results.table_line(rows[-1]))
+    results.close_table(rows, log, command, protocol.num_evals)
 
 
 if __name__ == "__main__":

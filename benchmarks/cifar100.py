@@ -35,7 +35,7 @@ from cifar100_rows import ALL, BASE, MODELS, REAL, SMALL
 from nanodd import cli
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError, exit_on_user_error
-from nanodd.judging import baselines
+from nanodd.judging import results
 from report import measure, pyplot, save_plot, spread, table, write_pages
 
 SWEEP_ORDER = REAL, ALL, *MODELS, SMALL
@@ -127,7 +127,7 @@ def plot_images(rows, budget, path):
 
 def publish(scale):
     """Puts what was measured into docs/challenge.md and assets/; of a proof, beside its rows."""
-    rows = baselines.read_rows(scale.rows)
+    rows = results.read_rows(scale.rows)
     assets = ROOT / "assets" if scale is cifar100_rows.FULL else scale.rows.parent
     for name, plot, budget, file in (("sweep", plot_steps, scale.budget, "cifar100-steps.png"),
                                      ("last", plot_images, scale.last, "cifar100-images.png")):

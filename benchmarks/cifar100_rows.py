@@ -21,7 +21,7 @@ import sample
 from nanodd import cli, files
 from nanodd.data import datasets
 from nanodd.errors import UserError
-from nanodd.judging import baselines
+from nanodd.judging import results
 from nanodd.networks import checkpoint
 from nanodd.sampling.pilots import PILOT_JUDGES
 from report import ROOT
@@ -112,7 +112,7 @@ def made(model, run):
     type_in(*words_of(line, run))
     mine = files.read_header(path)["fingerprint"]
     if any(row.get("model") == model and row["weights"] != mine for row
-           in baselines.read_rows(run.scale.rows)):
+           in results.read_rows(run.scale.rows)):
         raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
                         "rows")
     return path, "; ".join([*before, line])
@@ -163,7 +163,7 @@ def pilot(found, rivals, run):
 
 def best(name, run):
     """The row of the table `name` with the highest accuracy."""
-    rows = [row for row in baselines.read_rows(run.scale.rows) if row["table"] == name]
+    rows = [row for row in results.read_rows(run.scale.rows) if row["table"] == name]
     return max(rows, key=lambda row: row["mean"])
 
 

@@ -8,33 +8,32 @@ epoch on the 540 real test digits. A row of generated images at a fixed count dr
 and trains a judge on each, as "random" does. A row under a budget of seconds is one large set and five
 judges. Everything runs on the CPU, so that seconds mean the same in every row.
 """
-import functools
 import itertools
 import json
 import pathlib
-import shlex
 import shutil
 import statistics
 import sys
 
-import torch
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
+import torch
+
 import convnet
-import minimax
+import digits_figures as figures
+import digits_rows
 import report
-import sample
 from nanodd import cli
 from nanodd.data import datasets
 from nanodd.errors import UserError, exit_on_user_error
-from nanodd.judging import baselines
-from report import machine, pyplot, save_plot, spread, table, write_pages
-from train_eval import count_epochs, evaluate, in_batches, train_judge, train_judges
+from nanodd.judging import baselines, metrics, results
+from report import machine, spread, summary, table, type_in, write_pages
+from train_eval import count_epochs, evaluate, real_judge, train_judges
 
-MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
 RESULTS = ROOT / "results" / "digits.jsonl"
+TABLES = "main", "map", "curves", "pairs", "seconds", "expansion", "ablation", "steps", "solvers", "auto"
 RUNS, BUDGET, SHORT_BUDGET = 5, 10, 2                           # seconds
 STEPS = (5, 10, 15, 20, 25, 30, 50)
 SOLVERS = {"DDIM, quadratic grid": "ddim", "DPM-Solver++(2M), log-SNR grid": "dpm++2m",
@@ -54,23 +53,13 @@ ABLATION = {                   # row -> the flags of minimax.py; None is the bas
 # 1. Rows: each is made by commands that a reader can type, and carries them
 
 
-def type_in(command):
-    """Runs "python X.py ..." in this process, on the CPU."""
-    _, script, *words = shlex.split(command)
-    MAINS[script](words + ["--device", "cpu"])
-
-
-def real_row(source, ipc, data, bf16):
-    command = f"python train_eval.py {source}" + (f" --ipc {ipc}" if ipc else "")
-    return {**evaluate(source, data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16), "command": command}
-
-
 def generated_row(flags, ipc, data, bf16):
     """A set for each seed, a judge for each set. flags: minimax.py's, or None for the base model."""
     out = "out/bench/" + ("base" if flags is None else "tuned" + flags.replace(" ", ""))
     checkpoint = "out/digits/base.safetensors" if flags is None else f"{out}/minimax.safetensors"
     tune = "" if flags is None else " ".join(f"python minimax.py {flags} --out {out}".split())
-    draw = f"python sample.py --checkpoint {checkpoint} --ipc {ipc} --seed S --out {out}/ipc{ipc}-S"
+    draw = (f"python sample.py --checkpoint {checkpoint} --guidance 2 --ipc {ipc} --seed S "
+            f"--out {out}/ipc{ipc}-S")
     judge = f"python train_eval.py {out}/ipc{ipc}-S/distilled --runs 1 --seed S"
     if tune:
         type_in(tune)
@@ -104,29 +93,14 @@ def budget_row(steps, seconds, data, bf16):
             "drawn": round(record["seconds"], 2), "command": f"{draw}; python train_eval.py {out}/distilled"}
 
 
-@functools.cache
-def real_judge(bf16):
-    """A judge trained on all real digits, and its features of those to test on: (judge, (540, F))."""
-    data = datasets.load()
-    epochs = count_epochs(data.recipe, len(data.train.labels), len(data.train.classes))
-    judge, _ = train_judge(data.train, data.test, data.recipe, epochs, seed=0, bf16=bf16)
-    return judge, in_batches(judge.embed, data.test.images, data.recipe)
-
-
-def coverage(images, data, bf16):
-    """The mean distance from a real test digit to the nearest of the images, in the real judge's features."""
-    judge, real = real_judge(bf16)
-    return torch.cdist(real, in_batches(judge.embed, images, data.recipe)).min(dim=1).values.mean().item()
-
-
 def solver_row(sampler, steps, data, bf16):
     """A set of ten a class for each seed: its judge, the judge of the first of each class, its coverage.
 
     sampler None: random real digits instead.
     """
     out = f"out/bench/{sampler}{steps}".replace("+", "p")         # train_eval.py would read a sum
-    draw = (f"python sample.py --checkpoint out/bench/tuned/minimax.safetensors --sampler {sampler} "
-            f"--steps {steps} --seed S --out {out}-S")
+    draw = (f"python sample.py --checkpoint out/bench/tuned/minimax.safetensors --guidance 2 "
+            f"--sampler {sampler} --steps {steps} --seed S --out {out}-S")
     sets = []
     for seed in range(RUNS):
         if sampler is None:
@@ -140,7 +114,9 @@ def solver_row(sampler, steps, data, bf16):
     judges = train_judges(sets + firsts, data.test, data.recipe, epochs,
                           2 * [1000 * seed for seed in range(RUNS)], bf16=bf16)
     last = [round(curve[-1], 4) for _, curve in judges]
-    near = [round(coverage(found.images, data, bf16), 4) for found in sets]
+    judge_of_all = real_judge(data.train, data.recipe, pathlib.Path("out/digits"))
+    real = judge_of_all.embed(data.test.images)                                    # (540, F)
+    near = [round(metrics.nearest(real, judge_of_all.embed(found.images)), 4) for found in sets]
     judge = f"python train_eval.py {'random' if sampler is None else out + '-S/distilled'} --runs 1 --seed S"
     return {"data": data.name, "cut": data.cut, "train": "random" if sampler is None else "distilled",
             "ipc": 10, "images": len(sets[0].labels), "protocol": data.recipe.protocol,
@@ -150,20 +126,9 @@ def solver_row(sampler, steps, data, bf16):
             "command": "; ".join([draw] * (sampler is not None) + [f"{judge} --ipc 10", f"{judge} --ipc 1"])}
 
 
-def summary(name, values):
-    """The values of n runs, their mean and deviation; of the accuracy these are called just mean and std."""
-    prefix = "" if name == "accuracy" else f"{name}_"
-    return {name: values, f"{prefix}mean": round(statistics.mean(values), 4),
-            f"{prefix}std": round(statistics.stdev(values), 4)}
-
-
 def measure(data, bf16):
     """All rows that results/digits.jsonl does not have yet, one after the other."""
-    jobs = {("main", "all real images", None): lambda: real_row("full", None, data, bf16)}
-    for ipc in (1, 10):
-        jobs["main", "real, at random", ipc] = lambda ipc=ipc: real_row("random", ipc, data, bf16)
-        jobs["main", "real, k-means centroids", ipc] = lambda ipc=ipc: real_row("kmeans", ipc, data, bf16)
-        jobs["main", "**distilled**", ipc] = lambda ipc=ipc: generated_row("", ipc, data, bf16)
+    jobs = digits_rows.jobs(data, datasets.load(validation=True), bf16)
     for name, flags in ABLATION.items():
         jobs["ablation", name, 10] = lambda flags=flags: generated_row(flags, 10, data, bf16)
     for steps in STEPS:
@@ -177,11 +142,30 @@ def measure(data, bf16):
     if not missing:
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
         return
-    type_in("python minimax.py --out out/bench/tuned")          # what most rows draw from; makes the base too
+    for flags in ("--out out/bench/tuned", "--validation --out out/bench/val-tuned"):
+        type_in(f"python minimax.py {flags}")               # what most rows draw from; makes the bases
     report.measure(missing, RESULTS, machine(),
                    lambda row: f"{row['ipc']} a class | {row['mean']:.2f} +- {row['std']:.2f}")
-    if ("main", "**distilled**", 10) in missing:
-        shutil.copy("out/bench/tuned/ipc10-0/distilled.png", ROOT / "assets" / "distilled.png")
+    pictures(data)
+
+
+def pictures(data):
+    """The pictures of assets/ that show images, from what the rows left in out/."""
+    assets = ROOT / "assets"
+    shutil.copy("out/bench/tuned/steps-10-guidance-1-ipc-10-0/distilled.png", assets / "distilled.png")
+    shutil.copy("out/bench/tuned/minimax.png", assets / "minimax.png")
+    shutil.copy("out/digits/base.png", assets / "base.png")
+    flags = f"--checkpoint out/digits/base.safetensors --steps 10 --guidance {data.recipe.guidance:g}"
+    type_in(f"python sample.py {flags} --ipc 50 --out out/bench/base/tsne")
+    sets = {"base": "base/tsne", "fine-tuned": "tuned/steps-10-guidance-1-ipc-50-0",
+            "modes": f"base/{digits_rows.slug(digits_rows.MODES + ' --modes 50 --ipc 50')}-0"}
+    sets = {name: baselines.read_distilled(f"out/bench/{path}/distilled", data)
+            for name, path in sets.items()}
+    rng = torch.Generator().manual_seed(0)
+    random = baselines.SELECTORS["random"](data.train, 50, data.train.labels, rng)
+    judge = real_judge(data.train, data.recipe, pathlib.Path("out/digits"))
+    figures.plot_tsne({"real, held out": data.test, "real, at random": random, **sets}, judge.embed,
+                      assets / "tsne.png")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,19 +178,61 @@ def pilot(rows, row):
     return f"{seen[row['steps']]:.1f}" if row["steps"] in seen and row["row"] != "auto" else "–"
 
 
+def front(rows):
+    """The front page's table: a row for each kind of set, a column for each number of images."""
+    of = {(row["row"], row["ipc"]): spread(row) for row in rows}
+    names = dict.fromkeys(row["row"] for row in rows if row["asked"] is not None)
+    head = "| accuracy, % (n), trained on | 1 image a class | 10 images a class | 50 images a class |"
+    return table(head, [f"| {name} | {' | '.join(of[name, ipc] for ipc in (1, 10, 50))} |" for name in names])
+
+
+def measured(row, *names):
+    """Cells of a row's metrics."""
+    found = [row["metrics"][name] for name in names] if "metrics" in row else [None] * len(names)
+    return " | ".join("–" if value is None else f"{value:.2f}" for value in found)
+
+
+def diversity_tables(of):
+    """The tables whose rows digits_rows.py makes. of: {name of the table: its rows}."""
+    code = lambda row: f"`{row['command']}`"
+    settings = "| precision | recall | coverage | variance | accuracy at 10 a class, % (n) |"
+    numbers = lambda row: (f"{measured(row, 'precision', 'recall', 'coverage', 'variance')} | {spread(row)}")
+    return {
+        "map": table(f"| setting {settings} at 200 a class, % (n) | seconds to draw | command |", [
+            f"| {row['row']} | {numbers(row)} | {spread(row, 'two_hundred_')} | {row['drawn']:.1f} | "
+            f"{code(row)} |" for row in of["map"]]),
+        "curves": table(f"| what differs {settings} command |", [
+            f"| {row['row']} | {numbers(row)} | {code(row)} |" for row in of["curves"]]),
+        "pairs": table("| trained on | images a class | accuracy, % (n) | precision | recall | command |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
+            f"{code(row)} |" for row in of["pairs"]]),
+        "seconds": table("| set | images a class | accuracy, % (n) | precision | recall | seconds | "
+                         "command |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
+            f"{row['drawn']:.2f} | {code(row)} |" for row in of["seconds"]]),
+        "expansion": table("| trained on | images | accuracy, % (n) | command |", [
+            f"| {row['row']} | {row['images']} | {spread(row)} | {code(row)} |"
+            for row in [*(row for row in of["main"] if row["asked"] is None), *of["expansion"]]]),
+    }
+
+
 def tables(rows):
     """The pages' generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
-    of = {name: [row for row in rows if row["table"] == name]
-          for name in ("main", "ablation", "steps", "solvers", "auto")}
+    of = {name: [row for row in rows if row["table"] == name] for name in TABLES}
     tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"
     drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
+    machines = {row["machine"]: dict.fromkeys(other["table"] for other in rows
+                                              if other["machine"] == row["machine"]) for row in rows}
     return {
-        "front": table("| trained on | images a class | accuracy, % (n) |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} |" for row in of["main"]]),
-        "main": table("| trained on | images a class | accuracy, % (n) | seconds to draw | machine "
-                      "| command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {drawn(row)} | "
-            f"{row['machine'].split(',')[0]} | `{row['command']}` |" for row in of["main"]]),
+        **{name: part for name, part in diversity_tables(of).items() if of[name]},
+        "front": front(of["main"]),
+        "machines": table("| machine | tables |", [
+            f"| {machine.replace(', ', '; ')} | {', '.join(names)} |"
+            for machine, names in machines.items()]),
+        "main": table("| trained on | images a class | accuracy, % (n) | precision | recall | seconds to "
+                      "draw | command |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
+            f"{drawn(row)} | `{row['command']}` |" for row in of["main"]]),
         "ablation": table("| model | accuracy at 10 a class, % (n) | command |", [
             f"| {row['row']} | {spread(row)} | {tuned(row)} |" for row in of["ablation"]]),
         "steps": table("| steps | images a class | accuracy, % (n) | command |", [
@@ -219,23 +245,7 @@ def tables(rows):
         "auto": table("| steps | images a class | accuracy, % (n) | pilot's accuracy, % | command |", [
             f"| {'auto: ' * (row['row'] == 'auto')}{row['steps']} | {row['ipc']} | {spread(row)} | "
             f"{pilot(of['auto'], row)} | `{row['command'].split('; ')[0]}` |" for row in of["auto"]]),
-        "machine": f"{rows[0]['machine'].replace(', ', '; ')}",
-        "second machine": f"{rows[-1]['machine'].replace(', ', '; ')}",
     }
-
-
-def plot(rows, path):
-    """Accuracy against sampling steps under one budget, the shape of Fan et al.'s Table 3."""
-    rows = [row for row in rows if row["table"] == "steps"]
-    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.errorbar([row["steps"] for row in rows], [row["mean"] for row in rows], [row["std"] for row in rows],
-                  marker="o", capsize=3)
-    for row in rows:
-        axes.annotate(str(row["ipc"]), (row["steps"], row["mean"]), xytext=(5, -11),
-                      textcoords="offset points", fontsize=8)
-    axes.set(xlabel="sampling steps", ylabel="accuracy, %",
-             title=f"{BUDGET} seconds of sampling (at each point: images a class)")
-    save_plot(figure, axes, path)
 
 
 def main(argv=None):
@@ -249,12 +259,15 @@ def main(argv=None):
             data = datasets.load()
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
             measure(data, cli.gains_from_bf16(device))
-        rows = baselines.read_rows(RESULTS)
+        rows = results.read_rows(RESULTS)
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
-        plot(rows, ROOT / "assets" / "steps.png")
+        figures.plot_steps(rows, BUDGET, ROOT / "assets" / "steps.png")
+        figures.plot_map(rows, ROOT / "assets" / "map.png")
+        figures.plot_curves(rows, digits_rows.CURVES, ROOT / "assets" / "curves.png")
+        figures.plot_images(rows, ROOT / "assets" / "images.png")
         write_pages(tables(rows))
-        print(f"README.md, docs/digits.md and assets/steps.png show the {len(rows)} rows of "
+        print(f"README.md, docs/digits.md and assets/ show the {len(rows)} rows of "
               f"results/{RESULTS.name}")
 
 

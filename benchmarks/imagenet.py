@@ -21,11 +21,11 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from diffusion import SIZES, Denoised, DiT, Schedule
-from minimax import MinMax, difffit_parameters, tune
+from minimax import MinMax, tune
 from nanodd import cli, recipes
 from nanodd.data import imageset
 from nanodd.errors import at_least, exit_on_user_error
-from nanodd.networks import autoencoder, latents, training
+from nanodd.networks import autoencoder, latents, models, training
 from sample import guided, image_noise, sampler_of
 from throughput import flops, matrix_rate, seconds
 
@@ -72,7 +72,7 @@ def tuning(args, recipe, device, vae, product, bf16):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model = network(args.network, recipe, device, difffit=True)
-    names, B = set(difffit_parameters(model)), recipe.tune_batch
+    names, B = set(models.difffit_parameters(model)), recipe.tune_batch
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     model.recompute = args.recompute

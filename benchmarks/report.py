@@ -4,18 +4,27 @@ No benchmark by itself: digits.py and cifar100.py import it.
 """
 import json
 import pathlib
+import shlex
+import statistics
+import sys
 import time
 
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import matplotlib
 import torch
 
+import minimax
+import sample
 from nanodd import files
-from nanodd.judging import baselines
+from nanodd.judging import results
 
 matplotlib.use("Agg")                                           # no screen is needed
 from matplotlib import pyplot
 
-ROOT = pathlib.Path(__file__).parents[1]
+MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Rows
@@ -28,7 +37,7 @@ def key(row):
 
 def missing(jobs, path):
     """The jobs, {key: function}, whose rows are not in the .jsonl file `path` yet."""
-    measured = {key(row) for row in baselines.read_rows(path)}
+    measured = {key(row) for row in results.read_rows(path)}
     return {name: make for name, make in jobs.items() if name not in measured}
 
 
@@ -43,6 +52,19 @@ def measure(jobs, path, where, summary):
         with open(path, "a") as file:
             file.write(json.dumps(made) + "\n")
         print(f"row: {table} | {row} | {asked} | {summary(made)}", flush=True)
+
+
+def type_in(command):
+    """Runs "python X.py ..." in this process, on the CPU."""
+    _, script, *words = shlex.split(command)
+    MAINS[script](words + ["--device", "cpu"])
+
+
+def summary(name, values):
+    """The values of n runs, their mean and deviation; of the accuracy these are called just mean and std."""
+    prefix = "" if name == "accuracy" else f"{name}_"
+    return {name: values, f"{prefix}mean": round(statistics.mean(values), 4),
+            f"{prefix}std": round(statistics.stdev(values), 4)}
 
 
 def machine():

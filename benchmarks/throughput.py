@@ -29,7 +29,7 @@ from nanodd.errors import exit_on_user_error
 from nanodd.judging import augment
 from nanodd.networks import training, uvit
 from sample import guided
-from train_eval import dsa, train_judge, train_judges
+from train_eval import dsa, train_judges
 
 
 def seconds(work, device, rounds=7, least=0.3):
@@ -142,7 +142,7 @@ def judging(recipe, train, device):
           f"augmentation {100 * augmenting / whole:.1f} % of it")
 
     few = train.pick(torch.arange(100, device=device))
-    apart = seconds(lambda: [train_judge(few, few, recipe, 20, seed, num_evals=1) for seed in range(5)],
+    apart = seconds(lambda: [train_judges([few], few, recipe, 20, [seed], num_evals=1) for seed in range(5)],
                     device,
                     rounds=3)
     at_once = seconds(lambda: train_judges([few] * 5, few, recipe, 20, range(5), num_evals=1), device,

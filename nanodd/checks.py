@@ -80,6 +80,26 @@ def number_or_auto(text):
         raise argparse.ArgumentTypeError(f"a number or auto, not {text}") from error
 
 
+def surplus_flags(args, budget):
+    """Checks --modes, --mode-weight, --oversample and --keep, and fills in their defaults.
+
+    Raises UserError for numbers out of range, and for flags that have nothing to act on.
+    """
+    if args.modes is None and args.mode_weight is not None:
+        raise UserError("--mode-weight has nothing to weigh without --modes")
+    if args.oversample == 1 and args.keep is not None:
+        raise UserError("--keep has nothing to choose from without --oversample K")
+    args.mode_weight = 0.1 if args.mode_weight is None else args.mode_weight
+    args.keep = args.keep or "herding"
+    if args.modes == math.inf and budget is not None:
+        raise UserError("--modes alone means as many as --ipc: under a budget say how many, --modes N")
+    if args.modes is not None and args.steps == 1:
+        raise UserError("--modes pulls in the first half of the steps: one step has none")
+    at_least(1, modes=args.modes, oversample=args.oversample)
+    if not 0 <= args.mode_weight < math.inf:
+        raise UserError(f"--mode-weight must be a number, 0 or more, not {args.mode_weight}")
+
+
 def sampling_flags(args, last):
     """Checks the flags of sample.py. Returns (images per class or inf, budget in seconds or inf).
 
@@ -92,6 +112,7 @@ def sampling_flags(args, last):
     if budget is not None and not 0 < budget < math.inf:
         raise UserError(f"the budget must be a positive time, not {budget:g} seconds")
     at_least(1, batch=args.batch)
+    surplus_flags(args, budget)
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
     if args.eta > 0 and args.sampler != "ddim":
@@ -140,6 +161,8 @@ def judging_recipe(args, recipe, classes, families):
     """
     at_least(1, ipc=args.ipc, runs=args.runs, epochs=args.epochs, size=args.size)
     at_least(0, pda=args.pda)
+    if args.features != "judge" and not (args.metrics and args.features.startswith("timm:")):
+        raise UserError(f"--features {args.features}: judge, or timm:NAME together with --metrics")
     flags = {"protocol": args.protocol, "net": args.net, "judge_size": args.size, "augment": args.augment}
     recipe = replace(recipe, **{name: value for name, value in flags.items() if value})
     if recipe.protocol == "gu" and classes > 100:

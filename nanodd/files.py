@@ -122,6 +122,21 @@ def load_tensors(path):
                         "fetched again once it is deleted") from error
 
 
+def cached(path, settings, make):
+    """The {name: tensor on the CPU} of make(), kept in the file `path` together with `settings`, plain data.
+
+    Where the file is missing or damaged, or has other settings, it is made again.
+    """
+    try:
+        if read_header(path) == settings:
+            return load_tensors(path)
+    except UserError:                                           # no such file yet, or half of one
+        pass
+    tensors = make()
+    save_tensors(path, tensors, settings)
+    return tensors
+
+
 def load_strict(module, tensors, path, kind):
     """Loads {name: tensor}, read from the file `path`, into a module, which may be on the meta device.
 

@@ -25,6 +25,7 @@ import convnet
 import diffusion
 import minimax
 import sample
+import train_eval
 from nanodd import files, recipes
 from nanodd.data import archives
 from nanodd.networks import autoencoder, uvit
@@ -89,11 +90,16 @@ def clock(monkeypatch):
     """A clock for budgets that only drawing moves: an eighth of a second for each block of images."""
     now, draw = [0.0], sample.draw
 
-    def timed(*args):
+    def timed(*args, **pull):
         now[0] += 1 / 8
-        return draw(*args)
+        return draw(*args, **pull)
     monkeypatch.setattr(sample, "draw", timed)
     monkeypatch.setattr(distilled, "clock", lambda: now[0])
+
+
+def train_judge(images, test, recipe, epochs, seed, **how):
+    """One judge alone: (judge, accuracies), as train_eval.train_judges has them."""
+    return train_eval.train_judges([images], test, recipe, epochs, [seed], **how)[0]
 
 
 def drawn_files(out="out/digits"):

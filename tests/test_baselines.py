@@ -14,7 +14,7 @@ import train_eval
 from nanodd import recipes
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError
-from nanodd.judging import baselines
+from nanodd.judging import baselines, results
 from train_eval import evaluate
 
 
@@ -29,14 +29,14 @@ def read_results(path="out/digits/results.jsonl"):
 
 
 def test_hlr_and_ior_are_fractions():
-    assert baselines.hlr_ior(own=95.5, full=98.9, random=95.7) == (0.034, -0.002)
+    assert results.hlr_ior(own=95.5, full=98.9, random=95.7) == (0.034, -0.002)
     found = (("made", 10, 60., 4), ("random", 10, 52., 4), ("random", 10, 50., 0),
              ("made+random", 20, 70., 0), ("full", 125, 90., 0))
     rows = [{"data": "digits", "cut": "all", "protocol": "short", "train": name, "ipc": ipc, "mean": mean,
              "pda": pda} for name, ipc, mean, pda in found]
-    assert [(row["train"], row["hlr"], row["ior"]) for row in baselines.score_rows(rows)] == \
+    assert [(row["train"], row["hlr"], row["ior"]) for row in results.score_rows(rows)] == \
         [("made", 0.3, 0.1), ("random", 0.38, 0.02)]              # the sum has no random one of its size
-    assert baselines.score_rows(rows[:2]) == baselines.score_rows(rows[:4]) == []
+    assert results.score_rows(rows[:2]) == results.score_rows(rows[:4]) == []
 
 
 def challenge_row(**other):
@@ -47,14 +47,14 @@ def challenge_row(**other):
 
 def test_the_challenges_score_is_the_mean_over_its_data_sets_and_of_exact_rows_alone():
     tiny = challenge_row(data="tiny-imagenet", size=64, mean=6.5)
-    assert baselines.challenge_score([challenge_row(), tiny]) == pytest.approx(10.6)
-    assert baselines.challenge_score([challenge_row(mean=1.), tiny, challenge_row()]) == pytest.approx(10.6)
+    assert results.challenge_score([challenge_row(), tiny]) == pytest.approx(10.6)
+    assert results.challenge_score([challenge_row(mean=1.), tiny, challenge_row()]) == pytest.approx(10.6)
     for wrong in ({"epochs": 1000}, {"protocol": "short"}, {"runs": 2}, {"train": "random"}, {"size": 64},
                   {"train": "made+full"}, {"data": "cifar100-validation"}, {"device": "cuda:0 bf16"},
                   {"judge": "ResNet-18"}, {"data": "cifar10"}, {"recipe": "folder"}):
-        assert baselines.challenge_score([challenge_row(**wrong), tiny]) is None
+        assert results.challenge_score([challenge_row(**wrong), tiny]) is None
     scores = {"kind": "scores", "data": "cifar100", "train": "out/cifar100/distilled", "hlr": 0.1, "ior": 0.1}
-    assert baselines.challenge_score([scores, challenge_row(), tiny]) == pytest.approx(10.6)
+    assert results.challenge_score([scores, challenge_row(), tiny]) == pytest.approx(10.6)
 
 
 @pytest.mark.parametrize("name, home, score", [
@@ -181,7 +181,7 @@ def test_of_files_random_reads_only_the_chosen(narrow, image_files):
 
 def test_of_files_herding_and_kcenter_read_all_once(narrow, image_files):
     found, opened = image_files
-    pool = baselines.Pool(found, torch.device("cpu"))
+    pool = baselines.Pool(found, torch.device("cpu"), train_eval.real_judge)
     for source, images in (("herding", 4), ("kcenter", 4), ("herding+kcenter", 8)):
         assert evaluate(source, found, ipc=2, runs=1, seed=0, pool=pool)["images"] == images
     assert len(opened) == 12

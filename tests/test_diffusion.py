@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 
 import diffusion
-import minimax
 from diffusion import DiT, Schedule, denoising_loss
 from nanodd import files, processes
 from nanodd.data import datasets
@@ -59,7 +58,7 @@ def test_the_largest_dit_has_the_published_tensors():
     assert sorted(extra) == sorted(f"blocks.{i}.{name}" for i in range(14)
                                    for name in ("gamma1", "gamma2", "attn.gamma1", "attn.gamma2"))
     assert sum(tensor.numel() for tensor in tuned.state_dict().values()) == 675_226_400
-    names = minimax.difffit_parameters(tuned)
+    names = models.difffit_parameters(tuned)
     assert sum(dict(tuned.named_parameters())[name].numel() for name in names) == 1_739_552
 
 
@@ -222,7 +221,7 @@ def test_autocast_keeps_what_is_trained_in_float32():
     for bf16 in (False, True):
         torch.manual_seed(0)
         model = shaken(small(difffit=True))
-        names = set(minimax.difffit_parameters(model))
+        names = set(models.difffit_parameters(model))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         plan = training.Plan(steps=3, batch=32, lr=1e-3, decay=False, ema=.9, seed=0, flip=False, bf16=bf16)

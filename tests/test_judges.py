@@ -15,7 +15,8 @@ from nanodd import files, recipes
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import augment, judges
-from train_eval import evaluate, train_judge, train_judges
+from conftest import train_judge
+from train_eval import evaluate, train_judges
 
 plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 GU = dataclasses.replace(plain, protocol="gu")

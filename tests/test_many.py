@@ -53,6 +53,12 @@ def test_a_u_vit_learns_from_two_processes_as_from_one(both):
     assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
 
 
+def test_the_first_of_two_processes_draws_the_sheets(both):
+    for name in ("uvit/base.png", "zero/minimax.png", "woof/minimax.png"):
+        one, two = (imageset.open_image(both / out / name).int() for out in ("one", "two"))
+        assert one.shape == two.shape and (one - two).abs().max() <= 2
+
+
 def test_all_processes_take_the_same_decision(both):
     for name, processes in (("one", 1), ("two", 2)):
         decision = json.loads((both / name / "auto/steps.json").read_text())

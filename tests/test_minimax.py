@@ -130,7 +130,7 @@ def test_fine_tuning_makes_the_base_first_and_keeps_only_what_it_tuned(capsys):
     model, header = models.load_model("out/digits/minimax.safetensors")
     base, _ = models.load_model("out/digits/base.safetensors")
     tuned = set(files.load_tensors("out/digits/minimax.safetensors"))
-    assert tuned == set(minimax.difffit_parameters(model))
+    assert tuned == set(models.difffit_parameters(model))
     for name, tensor in base.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]) == (name not in tuned)
     assert header["base"]["file"] == "base.safetensors"

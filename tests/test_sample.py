@@ -180,7 +180,8 @@ def test_an_image_has_its_own_noise_in_any_batch():
 
 
 def test_the_evaluations_that_are_reported_are_those_made(tuned, capsys):
-    sample.main(["--ipc", "1", "--sampler", "dpm-fast", "--steps", "7", "--guidance-interval", "100", "500"])
+    sample.main(["--ipc", "1", "--sampler", "dpm-fast", "--steps", "7", "--guidance", "2",
+                 "--guidance-interval", "100", "500"])
     times = solvers.call_times(sampler_of("dpm-fast", 7))
     calls = 7 + sum(100 <= t <= 500 for t in times)
     assert f"{10 * calls} network evaluations ({calls} an image)" in capsys.readouterr().out

@@ -15,7 +15,8 @@ import train_eval
 from nanodd import cli, recipes
 from nanodd.data import datasets, imageset
 from nanodd.judging import augment, gu
-from train_eval import count_epochs, evaluate, train_judge
+from conftest import train_judge
+from train_eval import count_epochs, evaluate
 
 plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 GU = dataclasses.replace(plain, protocol="gu")

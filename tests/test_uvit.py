@@ -15,7 +15,7 @@ from diffusion import DiT, denoising_loss
 from nanodd import files, recipes
 from nanodd.data import archives, datasets
 from nanodd.errors import UserError
-from nanodd.networks import checkpoint, training, uvit
+from nanodd.networks import checkpoint, models, training, uvit
 from nanodd.sampling import solvers
 
 
@@ -133,7 +133,7 @@ def test_difffit_changes_nothing_at_first_and_tunes_by_its_rule():
     assert extra == [] and len(missing) == 4 * 5 and all("gamma" in name for name in missing)
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3., 700.]), torch.tensor([0, 4])
     assert torch.equal(plain(x, t, y), tuned(x, t, y))
-    names = set(minimax.difffit_parameters(tuned))
+    names = set(models.difffit_parameters(tuned))
     assert {"label_emb.weight", "norm.weight", "out_blocks.0.skip_linear.bias", "mid_block.gamma1",
             "in_blocks.1.attn.gamma2", "final_layer.bias"} <= names
     assert not {"pos_embed", "out_blocks.0.skip_linear.weight", "decoder_pred.weight"} & names
@@ -259,7 +259,7 @@ def test_either_backbone_goes_through_every_stage(capsys):
 
 def test_training_is_a_function_of_the_seed_and_moves_every_weight():
     train, rows = datasets.load().train, torch.arange(11)
-    models = []
+    trained = []
     for _ in range(2):
         torch.manual_seed(0)
         model = uvit.UViT("mini", 8, 2, 1, classes=10)
@@ -268,8 +268,8 @@ def test_training_is_a_function_of_the_seed_and_moves_every_weight():
         trainer = training.Trainer(model, training.Plan(**{**numbers, "steps": 3}, seed=0, flip=False))
         assert len(list(diffusion.train(trainer, train, rows, uvit.ContinuousSchedule()))) == 3
         assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
-        models.append(model)
-    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        trained.append(model)
+    for one, two in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         assert torch.equal(one, two)
 
 

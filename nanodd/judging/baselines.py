@@ -1,15 +1,10 @@
-"""Selections of real images, which a distilled set is compared with; scores of several rows together.
+"""Selections of real images, which a distilled set is compared with, and training sets by their names.
 
-    HLR = acc(all real images) - acc(the set)          IOR = acc(the set) - acc(as many random real images)
-
-Sources: Welling 2009 (herding), Sener & Savarese 2018 (k-center), Li et al. 2025 (DD-Ranking: HLR and IOR),
-the first dataset distillation challenge (ECCV 2024: the score).
+Sources: Welling 2009 (herding), Sener & Savarese 2018 (k-center).
 """
-import json
+import functools
 import math
 import os
-import pathlib
-import statistics
 
 import torch
 from sklearn.cluster import KMeans
@@ -54,9 +49,13 @@ def choose_random(features, ipc, rng):
     return torch.randperm(len(features), generator=rng)[:ipc]
 
 
-def choose_herding(features, ipc, rng):
-    """Greedily keeps the mean of the chosen close to the mean of all (Welling 2009): (n, F) -> (ipc,)."""
-    mean, total, chosen = features.mean(dim=0), torch.zeros_like(features[0]), []
+def choose_herding(features, ipc, rng, mean=None):
+    """Greedily keeps the mean of the chosen close to `mean` (F,), without repetition: (n, F) -> (ipc,).
+
+    After Welling 2009, in the form of Rebuffi et al. 2017 (iCaRL).
+    mean: None for the mean of all n.
+    """
+    mean, total, chosen = features.mean(dim=0) if mean is None else mean, torch.zeros_like(features[0]), []
     for k in range(ipc):
         distance = ((total + features) / (k + 1) - mean).norm(dim=1)        # (n,)
         distance[chosen] = math.inf
@@ -116,12 +115,27 @@ def first_per_class(images, ipc, name="the real set"):
 class Pool:
     """The source of training sets: the real training images, and distilled sets, each read once.
 
-    device: of the training sets, and of data.train where it is an ImageSet.
+    device: of the training sets, and of data.train where it is an ImageSet. real_judge: (ImageSet, recipe) ->
+    the features.RealJudge whose features herding and k-center compare; called where one is needed.
     """
 
-    def __init__(self, data, device):
-        self.data, self.device = data, device
-        self.distilled_sets, self.embedded = {}, None
+    def __init__(self, data, device, real_judge):
+        self.data, self.device, self.make_judge, self.distilled_sets = data, device, real_judge, {}
+
+    @functools.cached_property
+    def real(self):
+        """All real training images, in memory: an ImageSet."""
+        return self.data.train.read().to(self.device)
+
+    @functools.cached_property
+    def real_judge(self):
+        """The features.RealJudge, trained on `real`."""
+        return self.make_judge(self.real, self.data.recipe)
+
+    @functools.cached_property
+    def embedded(self):
+        """The features of `real`: (N, F)."""
+        return self.real_judge.embed(self.real.images)
 
     def distilled(self, path):
         """The ImageSet of a distilled folder or .npz."""
@@ -129,28 +143,24 @@ class Pool:
             self.distilled_sets[path] = read_distilled(path, self.data)
         return self.distilled_sets[path]
 
-    def select(self, name, ipc, rng, embed):
-        """The ImageSet that the selector `name` chooses. embed: ImageSet -> (N, F), called at most once."""
+    def select(self, name, ipc, rng):
+        """The ImageSet that the selector `name` chooses."""
         if name in ("random", "kmeans"):                        # neither uses features
             return SELECTORS[name](self.data.train, ipc, self.data.train.labels, rng)
-        if self.embedded is None:
-            images = self.data.train.read().to(self.device)
-            self.embedded = images, embed(images)
-        images, features = self.embedded
-        return SELECTORS[name](images, ipc, features, rng)
+        return SELECTORS[name](self.real, ipc, self.embedded, rng)
 
-    def training_set(self, source, ipc, rng, embed):
+    def training_set(self, source, ipc, rng):
         """The ImageSet that `source` names: a selector, "full", a distilled folder or .npz, or a sum "a+b".
 
-        ipc: images a class; None: all that a distilled set has. rng: a generator on the CPU. embed: see
-        select. Raises UserError where a class has too few images.
+        ipc: images a class; None: all that a distilled set has. rng: a generator on the CPU. Raises UserError
+        where a class has too few images.
         """
         parts = []
         for name in source.split("+"):
             if name == "full":
                 part = self.data.train.read()
             elif name in SELECTORS:
-                part = self.select(name, ipc, rng, embed)
+                part = self.select(name, ipc, rng)
             else:
                 part = self.distilled(name)
                 part = part if ipc is None else first_per_class(part, ipc, name)
@@ -160,7 +170,7 @@ class Pool:
         return imageset.ImageSet(torch.cat([part.images for part in parts]),
                                  torch.cat([part.labels for part in parts]), self.data.train.classes)
 
-    def training_sets(self, source, ipc, pda, seeds, embed):
+    def training_sets(self, source, ipc, pda, seeds):
         """A training set for each seed, with `pda` augmented copies of each image.
 
         There is a single one where the source is not random: all judges of a row then train on it.
@@ -168,7 +178,7 @@ class Pool:
         is_random, sets = any(name in ("random", "kmeans") for name in source.split("+")), []
         for seed in seeds if is_random else seeds[:1]:
             rng = torch.Generator().manual_seed(seed)
-            images = self.training_set(source, ipc, rng, embed)
+            images = self.training_set(source, ipc, rng)
             sets.append(augment.with_copies(images, pda, self.data.recipe, rng) if pda else images)
         return sets
 
@@ -205,86 +215,3 @@ def plan_rows(sources, pda, ipc, pool, home, always, remedy):
         print(f"a class has only {fewest} real images: no row of {ipc} real ones a class")
         always = [name for name in always if name not in SELECTORS]
     return rows + [(name, 0) for name in always if (name, 0) not in rows], ipc
-
-
-# ----------------------------------------------------------------------------------------------------
-# 3. Scores of several rows together
-
-
-def hlr_ior(own, full, random):
-    """Hard label recovery and improvement over random, as fractions, of three mean accuracies in percent.
-
-    A lower HLR is better, and a higher IOR. Both are DD-Ranking's (Li et al. 2025), whose formulas take
-    fractions; its code 0.2.0 passes percent. Copies (--pda) count as part of the set; the random images have
-    none.
-    """
-    return round((full - own) / 100, 6), round((own - random) / 100, 6)
-
-
-def score_rows(rows):
-    """HLR and IOR of each of the rows, if among them are a full one and a random one of its size.
-
-    The returned rows go to results.jsonl too; "kind": "scores" distinguishes them from rows of judges.
-    """
-    without_copies = {row["train"]: row for row in rows if not row["pda"]}
-    full_row, random_row = without_copies.get("full"), without_copies.get("random")
-    scores = []
-    for row in rows if full_row and random_row else []:
-        if row not in (full_row, random_row) and row["ipc"] == random_row["ipc"]:
-            hlr, ior = hlr_ior(row["mean"], full_row["mean"], random_row["mean"])
-            fields = {key: row[key] for key in ("data", "cut", "train", "ipc", "protocol")}
-            scores.append({"kind": "scores", **fields, "hlr": hlr, "ior": ior})
-    return scores
-
-
-CHALLENGE = {"cifar100": 32, "tiny-imagenet": 64}               # the challenge's data sets and their sizes
-
-
-def challenge_score(rows):
-    """The challenge's score, percent: the mean over its data sets of a distilled set's accuracy.
-
-    rows: of results.jsonl. For each data set the last exact row counts: one with its own recipe, three or
-    more judges, all 1,001 epochs in float32, and the test split. None while a data set has no such row.
-    """
-    means = {}
-    for row in rows:
-        is_exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
-                    and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
-                    and row.get("recipe") == row["data"] and "bf16" not in row["device"])
-        if is_exact and not {*SELECTORS, "full"} & set(row["train"].split("+")):
-            means[row["data"]] = row["mean"]
-    return statistics.mean(means.values()) if len(means) == len(CHALLENGE) else None
-
-
-def print_challenge_score(log, name):
-    """Prints the score, where both data sets have a row. log: the results.jsonl of the data set `name`.
-
-    The path of the other data set's file differs by its name: out/tiny-imagenet/X for out/cifar100/X.
-    """
-    head, match, tail = str(log).rpartition(name)
-    logs = [pathlib.Path(head + dataset + tail) for dataset in CHALLENGE if match and name in CHALLENGE]
-    score = challenge_score([row for path in logs for row in read_rows(path)])
-    if score is not None:
-        print(f"challenge score, mean over {' and '.join(CHALLENGE)}: {score:.1f}")
-
-
-def read_rows(path):
-    """The rows of a results.jsonl: a list of dicts, empty where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append_row(path, row, command):
-    """Adds a row, and the command that made it, to a results.jsonl."""
-    with open(path, "a") as file:
-        file.write(json.dumps({**row, "command": command}) + "\n")
-
-
-TABLE_HEADER = f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds"
-
-
-def table_line(row):
-    """A row of judges, as it is printed below TABLE_HEADER."""
-    spread = f"+- {row['std']:.2f}" if row["std"] is not None else "       "
-    return (f"{row['train']:28} | {row['ipc']:5} | {row['images']:7} | "
-            f"{row['mean']:6.2f} {spread:7} ({row['runs']}) | "
-            f"{row['best']:6.2f} | {row['epochs']:6} | {row['seconds']:6.1f}")

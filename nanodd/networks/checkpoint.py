@@ -38,9 +38,11 @@ def named(network):
 
 
 def network_of(backbone="dit", **config):
-    """The untrained network of a checkpoint's "config". Raises UserError for an unknown backbone."""
+    """The untrained network of a checkpoint's "config". Raises UserError where it cannot be built."""
     if backbone not in BACKBONES:
         raise UserError(f"the backbone {backbone} is not here; {' and '.join(sorted(BACKBONES))} are")
+    if config["size"] % config["patch"]:
+        raise UserError(f"patches of {config['patch']} pixels do not tile {config['size']} pixels")
     return BACKBONES[backbone].network(**config)
 
 

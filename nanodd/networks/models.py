@@ -1,10 +1,13 @@
 """Which network a stage starts from: a new one, or the one that a checkpoint holds."""
+import functools
+import os
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from nanodd import cli, files
+from nanodd import checks, cli, files, processes
 from nanodd.data import archives, datasets, imageset
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint, latents, published, training, uvit
@@ -14,12 +17,13 @@ from nanodd.networks import checkpoint, latents, published, training, uvit
 
 
 class Start(NamedTuple):
-    """What a training loop and training.fit need."""
+    """What a training loop, training.fit and sheets of samples need."""
     trainer: training.Trainer
     examples: imageset.ImageSet | latents.Latents               # on the device
     rows: torch.Tensor         # (K + 1,) label-table row of each class, "no class" last
     schedule: object           # of the network's backbone, on the device
     header: dict               # of the checkpoint to be written
+    decoder: Callable          # () -> latents.decoder_of: an autoencoder is loaded where a sheet is drawn
 
 
 def planned(data, run, network, steps):
@@ -85,11 +89,66 @@ def new_base(data, path, run, network=None, steps=None, weights=None):
     schedule = checkpoint.backbone_of(config).schedule(device)
     header = checkpoint.new_header(data, config, settings, run.command, schedule)
     rows = torch.tensor(header["rows"], device=device)
-    return Start(training.Trainer(model, plan), examples, rows, schedule, header)
+    decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, device, plan.bf16)
+    return Start(training.Trainer(model, plan), examples, rows, schedule, header, decoder)
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. The network that a checkpoint holds
+# 2. Fine-tuning
+
+
+def difffit_parameters(model):
+    """The names of what DiffFit tunes: biases, gammas and the label table (Xie et al. 2023).
+
+    "norm" matches U-ViT's layer norms (DiT's have no parameters), "label_emb" U-ViT's label table.
+    """
+    parts = "bias", "norm", "gamma", "y_embed", "label_emb"
+    return [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
+
+
+def new_tuned(args, run, data, phase, base, path):
+    """The Start of fine-tuning the base model in the file `base` on the classes phase[0] to phase[1].
+
+    None where `path` is finished. args: the flags of minimax.py, with --memory as a list of two rules. Raises
+    UserError as check_base, checks.tuning_plan, checkpoint.finished and latents.prepared.
+    """
+    recipe, base_header, (first, last) = data.recipe, files.read_header(base), phase
+    rows = check_base(base_header, base, data)                  # (K + 1,)
+    data = data._replace(train=data.train.pick((first <= data.train.labels) & (data.train.labels <= last)))
+    plan = checks.tuning_plan(args, run, data, checkpoint.width_of(base_header["config"]))
+    settings = {**plan._asdict(), "data": imageset.fingerprint(data.train),
+                "base": base_header["fingerprint"], "lambda_r": args.lambda_r, "lambda_d": args.lambda_d,
+                "memory": args.memory, "slots": args.slots, "z_hat": args.z_hat,
+                "criterion": args.criterion, "tune": args.tune, "processes": processes.world(),
+                "encoder": latents.source_name(run.vae) if recipe.latents else None}
+    if checkpoint.finished(path, settings, run.overwrite):
+        return None
+    examples = latents.prepared(data, run)
+    config = {**base_header["config"], "difffit": args.tune == "difffit"}
+    model = checkpoint.rebuild(config, files.load_tensors(base), base).to(run.device)
+    model.recompute, tuned = run.recompute, set(difffit_parameters(model))
+    for name, parameter in model.named_parameters():
+        if args.tune == "difffit":                              # else all but DiT's fixed positions
+            parameter.requires_grad_(name in tuned)
+    tuned_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"min-max | {data.name}, {data.cut} | classes {first}-{last} | "
+          f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {tuned_count:,} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters tuned | {plan.steps} steps of "
+          f"{plan.batch} | lambda_r {args.lambda_r:g} lambda_d {args.lambda_d:g} | "
+          f"memory {','.join(args.memory)} x {args.slots} | seed {run.seed}")
+    if run.compile:
+        model.compile()
+    schedule = checkpoint.schedule_of(base_header["schedule"], base, run.device)
+    header = {**checkpoint.new_header(data, config, settings, run.command, schedule), "rows": rows,
+              "phase": phase, "base": {"file": os.path.relpath(base, path.parent),
+                                       "fingerprint": base_header["fingerprint"]}}
+    rows = torch.tensor(rows, device=run.device)
+    decoder = functools.partial(latents.decoder_of, recipe.latents, run.vae, run.device, plan.bf16)
+    return Start(training.Trainer(model, plan), examples, rows, schedule, header, decoder)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The network that a checkpoint holds
 
 
 def load_model(path, device="cpu"):

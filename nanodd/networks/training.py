@@ -136,11 +136,12 @@ class Trainer:
 # 3. Running a loop to its end
 
 
-def fit(trainer, loop, path, header, overwrite=False, memories=None):
+def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     """Runs a training loop to the plan's end and writes the averaged weights to `path`; resumes.
 
     loop: start=k -> a generator that makes the optimizer steps from number k on, and yields {name: scalar
     tensor} after each. memories: what else the loop changes (with state_dict, load_state_dict), or None.
+    show: called after line k of the log with k = 1, 2, ..., on the first process, or None.
     NAME.resume.pt has the state until the end, saved every files.SAVE_EVERY seconds or, where that is longer,
     20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before. Raises
     UserError where a loss is not finite; that run's state is then removed.
@@ -169,6 +170,8 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None):
                         f"{path} is untouched")
             if line_due:
                 bar.write(log.line(done, now))
+                if show is not None and processes.rank() == 0:
+                    show(len(log.lines))
             if save_due:
                 state = {**trainer.state_dict(), "extra": memories and memories.state_dict()}
                 files.save_state(resume, {"step": done, "seconds": now - log.began,

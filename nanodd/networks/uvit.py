@@ -151,8 +151,6 @@ class UViT(nn.Module):
     def __init__(self, network, size, patch, channels, classes, null=True, difffit=False):
         super().__init__()
         depth, width, heads = SIZES[network]
-        if size % patch:
-            raise UserError(f"patches of {patch} pixels do not tile {size} pixels")
         self.patch, self.grid, half = patch, size // patch, depth // 2
         self.extras = 2 if classes else 1                       # tokens that are no patches
         self.patch_embed = PatchEmbed(size, patch, channels, width)

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from nanodd import files, processes
 from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
+from nanodd.sampling import sheets
 
 clock = time.monotonic         # seconds; tests replace it, so that no outcome depends on a machine's speed
 
@@ -238,6 +238,8 @@ class Place:
         The arguments are those of the function `fill`, but for ipc: images a class; and command: as typed.
         """
         record, K = self.record, len(self.classes)
+        if self.holds(ipc, budget):
+            return record["ipc"] * K
         if not processes.on_first_process(self.store.is_resumable):  # no block yet, or all were joined
             record.update(seconds=0.0, longest=0.0, writing=0.0)
         record.update(command=command, ipc=0, budget=0.0)       # unfinished, until the end
@@ -247,17 +249,11 @@ class Place:
         columns = min(10, record["ipc"])
         sheet_items = [(label, index) for label in range(min(20, K)) for index in range(columns)]
         if processes.rank() == 0:
-            contact_sheet(self.store.images(sheet_items), columns, self.sheet)
+            sheet = sheets.grid(self.store.images(sheet_items), columns)    # a row for each class
+            imageset.write_png(self.sheet, sheet)
             self.save(record)                                   # it is finished from here on
             self.store.remove_parts()
         return len(items)
-
-
-def contact_sheet(images, columns, path):
-    """images (rows * columns, C, H, W) uint8 -> one picture, enlarged, with a row for each class."""
-    zoom = max(1, 40 // images.shape[-1])
-    sheet = make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
-    imageset.write_png(path, sheet)
 
 
 def open_record(path, fresh, stores, overwrite):

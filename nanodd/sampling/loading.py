@@ -62,7 +62,8 @@ def find_checkpoint(given, folders, redo, shipped):
     the command that makes one. shipped: a base model that may come with the code, used where no other is.
     Raises UserError where there is no checkpoint, or a folder has both kinds.
     """
-    exists = any(any(folder.glob("*.safetensors")) for folder in folders)
+    exists = any(any(folder.glob(name)) for folder in folders
+                 for name in ("base.safetensors", "minimax*.safetensors"))
     if given is None and not exists and shipped.is_file():
         print(f"no checkpoint in {folders[-1]} yet: drawing from {shipped}, which came with the code and was "
               f"made by: {files.read_header(shipped)['command']}")

@@ -1,0 +1,94 @@
+"""Features in which images are compared: of a judge of all real training images, or of a pretrained network.
+
+Herding, k-center, the numbers of train_eval.py --metrics and the choice of sample.py --oversample come from
+feature vectors. A judge that was trained on all real images knows the data set's own classes; a pretrained
+network (timm:NAME) is the same for all data sets.
+"""
+import hashlib
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nanodd import files
+from nanodd.data import imageset
+from nanodd.errors import UserError
+from nanodd.judging import metrics
+
+
+class RealJudge(NamedTuple):
+    """A judge that was trained on all real training images, as two functions of uint8 (N, C, H, W)."""
+    embed: Callable            # -> (N, F), the features before its last layer
+    classify: Callable         # -> (N, K), logits
+
+
+def cached_judge(folder, train, recipe, bf16, make, build):
+    """The network that make() trains on all of `train`, an ImageSet; its weights are kept in `folder`.
+
+    The file is named by a hash of all that the weights depend on. build: (net, size, channels, classes) -> an
+    untrained network. folder: None keeps nothing.
+    """
+    if folder is None:
+        return make()
+    device = train.images.device
+    numbers = (recipe.net, recipe.judge_size, recipe.protocol, recipe.augment, recipe.mean, recipe.std,
+               recipe.epochs, recipe.views, bf16, device.type)
+    key = hashlib.sha256(repr((imageset.fingerprint(train), numbers)).encode()).hexdigest()[:16]
+    path = folder / f"real_judge-{key}.safetensors"
+    judge = build(recipe.net, recipe.judge_size, recipe.colours, len(train.classes))
+
+    def weights():
+        print(f"training a judge on all {len(train.labels):,} real images, once, for {path}")
+        return {name: x.cpu().contiguous() for name, x in make().state_dict().items()}
+    files.load_strict(judge, files.cached(path, {"key": key}, weights), path, "judge")
+    return judge.to(device)
+
+
+def pretrained(name, device):
+    """The features of timm's pretrained network `name`: a function from uint8 (N, C, H, W) to (N, F).
+
+    Images are brought to the network's own size, colours and normalisation. inception_v3.tf_in1k is TF-Slim's
+    Inception v3, not the network of published Frechet Inception distances: its numbers compare with its own.
+    Raises UserError where timm has no such network, or its weights cannot be fetched.
+    """
+    import timm                                                 # a slow import: only where it is needed
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:                                  # the hub raises errors of many libraries
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"timm's pretrained {name} cannot be fetched ({reason}): on a machine without a "
+                        "network leave --features out, and a judge of the real images is used") from error
+    network, config = network.to(device).eval(), network.pretrained_cfg
+    _, *size = config["input_size"]
+    mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    @torch.no_grad()
+    def embed(images):
+        parts = []
+        for part in images.split(128):
+            x = (part.to(device).float() / 255).expand(-1, 3, -1, -1)       # grey: three equal channels
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+            parts.append(network((x - mean) / std))                         # (n, F)
+        return torch.cat(parts)
+    return embed
+
+
+def comparison(name, judge, test):
+    """compare(ImageSets) -> {metric: number}: means over the sets of what metrics.compare says of each.
+
+    Each is compared with the real images `test`, on the same device. A metric that one of the sets is too
+    small for is None. name: "judge" for the features of `judge`, a RealJudge, else "timm:NAME". Raises
+    UserError as pretrained.
+    """
+    embed = judge.embed if name == "judge" else pretrained(name.removeprefix("timm:"), test.images.device)
+    real = embed(test.images)                                               # (N, F)
+
+    def compare(sets):
+        found = [metrics.compare(real, embed(part.images), test.labels, part.labels,
+                                 judge.classify(part.images)) for part in sets]
+        values = {key: [one[key] for one in found] for key in found[0]}
+        return {"features": name, **{key: None if None in value else statistics.mean(value)
+                                     for key, value in values.items()}}
+    return compare

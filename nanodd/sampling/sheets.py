@@ -1,0 +1,110 @@
+"""Sheets of samples: what a network draws while it is trained, and before and after its fine-tuning.
+
+A column is a seed: a class, and noise that is the same in every row. The averaged weights draw, in few steps
+of DPM-Solver++(2M) and with the checkpoint's guidance. The noise comes from a generator of its own, and all
+weights are back in their place afterwards, so that training goes on to the same bits as without sheets.
+"""
+import functools
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torchvision.utils import make_grid
+
+from nanodd import processes
+from nanodd.data import imageset
+from nanodd.sampling import solvers
+
+STEPS, CLASSES = 10, 10        # network calls an image, two each with guidance; classes on a sheet, at most
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Drawing with a network that is being trained
+
+
+def swap_weights(trainer):
+    """The weights and their averages change places, without a copy: a second call restores both exactly."""
+    for name, parameter in trainer.trainable.items():
+        parameter.data, trainer.ema[name] = trainer.ema[name], parameter.data
+
+
+@contextmanager
+def averaged(trainer):
+    """The trainer's network, not its DDP wrapper, with the averaged weights for the length of the block."""
+    swap_weights(trainer)
+    try:
+        yield trainer.model.eval()
+    finally:
+        trainer.model.train()
+        swap_weights(trainer)
+
+
+def guided(model, rows, null, guidance):
+    """predict of solvers.dpm_pp_2m: sample.guided in short. At guidance 1 there is no unconditional call.
+
+    rows: (n,) label-table rows, one for each image's class; null: the row that means "no class". Calls
+    model.forward, since model(...), where it is compiled, would be compiled again for another batch size.
+    """
+    def predict(x, t):
+        time = torch.full((len(x),), float(t), device=x.device)             # (n,)
+        eps_c = eps_u = model.forward(x, time, rows)[:, :x.shape[1]].float()    # (n, C, H, W)
+        if guidance != 1:
+            eps_u = model.forward(x, time, null.expand_as(rows))[:, :x.shape[1]].float()
+        return eps_u + guidance * (eps_c - eps_u), None
+    return predict
+
+
+@torch.no_grad()
+def draw(start, columns):
+    """Draws a row of pictures: (n, C, H, W) uint8 on the CPU, n <= columns; latents are decoded.
+
+    start: models.Start. The columns are the first ten classes (of a phase, its own), repeated while all fit.
+    """
+    trainer, header, schedule = start.trainer, start.header, start.schedule
+    first, last = header["phase"]
+    rows = start.rows[first:last + 1][:CLASSES]
+    rows = rows.repeat(columns // len(rows))                                # (n,)
+    shape = len(rows), header["config"]["channels"], header["config"]["size"], header["config"]["size"]
+    rng, null = torch.Generator().manual_seed(trainer.plan.seed), start.rows[-1]
+    noise = torch.randn(shape, generator=rng).to(rows.device)               # (n, C, H, W)
+    sampler = SimpleNamespace(schedule=schedule, times=solvers.logsnr(STEPS, schedule, schedule.end(STEPS)))
+    with averaged(trainer) as model, torch.autocast(rows.device.type, torch.bfloat16, trainer.plan.bf16):
+        predict = guided(model, rows, null, header["guidance"] if null >= 0 else 1)     # -1: no such row
+        x = solvers.dpm_pp_2m(sampler, predict, lambda k: noise)            # (n, C, H, W), or latents
+    decode, _ = start.decoder()
+    pictures = [decode(part) for part in x.split(1)]            # one by one: decoding takes much memory
+    return imageset.to_uint8(torch.cat(pictures)).cpu()
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Sheets
+
+
+def grid(images, columns):
+    """images (rows * columns, C, H, W) uint8 -> one picture (3, h, w) uint8, small images enlarged."""
+    zoom = max(1, 40 // images.shape[-1])
+    return make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
+
+
+def growing(start, path):
+    """The function of k that draws row k = 1, 2, ... of the PNG file `path`: training.fit's `show`."""
+    print(f"{path}: grows by a row of samples after each tenth of the steps")
+    return functools.partial(add_row, start, path)
+
+
+def add_row(start, path, k):
+    """Draws row k of the sheet `path`, a column a class; row 1 starts the sheet anew.
+
+    The rows above are read from the file, so that a resumed run goes on with its sheet.
+    """
+    images = draw(start, CLASSES)
+    row = grid(images, len(images))                                         # (3, height + 2, w)
+    height = row.shape[1] - 2                                   # two rows share the two pixels between them
+    above = imageset.open_image(path)[:, :(k - 1) * height] if k > 1 and path.is_file() else row[:, :0]
+    imageset.write_png(path, torch.cat([above, row], dim=1))
+
+
+def save_pair(before, after, path):
+    """Writes two rows of pictures, (n, C, H, W) uint8 each, to the PNG file `path`, on the first process."""
+    if processes.rank() == 0:
+        imageset.write_png(path, grid(torch.cat([before, after]), len(before)))
+        print(f"{path}: samples of the same seeds, of the base model above, fine-tuned below")
