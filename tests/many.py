@@ -28,6 +28,8 @@ with processes.process_group():                                 # one group for 
     minimax.main([*base, "--lambda-r", ".1", "--lambda-d", ".1", "--out", f"{out}/both"])
     sample.main(["--ipc", "3", "--steps", "4", "--batch", "7", "--out", f"{out}/drawn"])
     sample.main(["--seconds", "1.5", "--steps", "2", "--batch", "7", "--out", f"{out}/budget"])
+    sample.main(["--ipc", "2", "--steps", "3", "--batch", "7", "--modes", "--oversample", "2",
+                 "--out", f"{out}/kept"])
     pilots.CANDIDATES = (1, 2)
     sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "7", "--out", f"{out}/auto"])
     diffusion.main(["--network", "uvit", "--steps", "4", "--out", f"{out}/uvit"])

@@ -182,6 +182,24 @@ def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3  # six standard errors
 
 
+def test_latents_have_modes_and_pictures_are_chosen(imagenet, monkeypatch):
+    """Modes are centres of latents; of two pictures a class its latents' mean is the only one."""
+    tune(imagenet)
+    monkeypatch.setattr(train_eval, "count_epochs", lambda *_: 1)
+    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps", "2"]
+    sample.main([*words, "--modes", "1", "--ipc", "1", "--oversample", "2", "--out", "out/kept"])
+    found = files.load_tensors("out/imagewoof/modes-1-seed0.safetensors")["modes"]
+    assert found.shape == (10, 1, 4, 8, 8)
+    run = cli.Run("python sample.py", torch.device("cpu"), 0, False, None, False, False, str(imagenet.vae))
+    encoded = latents.prepared(datasets.load("imagewoof", imagenet.root), run)
+    mean, logvar = encoded.moments[:, 0].float().chunk(2, dim=1)            # 2 of (20, 4, 8, 8), two a class
+    means = 0.18215 * mean.view(10, 2, 4, 8, 8).mean(1)         # of a class's two latents; each is sampled
+    deviations = 0.18215 * logvar.view(10, 2, 4, 8, 8).exp().sum(1).sqrt() / 2
+    assert ((found[:, 0] - means) / deviations).std() == pytest.approx(1, abs=0.06)
+    assert len(list(pathlib.Path("out/kept/distilled").glob("*/*.png"))) == 10
+    assert len(list(pathlib.Path("out/kept/pool/distilled").glob("*/*.png"))) == 20
+
+
 def test_phases_are_tuned_apart_and_drawn_together(imagenet, capsys, sentence):
     tune(imagenet, "--phases", 4)
     names = ["minimax-0-3", "minimax-4-7", "minimax-8-9"]

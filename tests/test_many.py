@@ -37,6 +37,8 @@ def both(imagenet_files, tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         (home / f"{out}.txt").write_text(done.stdout)
         next((home / "out/imagewoof").glob("latents-64-*")).rename(home / out / "latents")
+        for kind in ("modes", "real_judge"):                    # each run makes its own
+            next((home / "out/digits").glob(f"{kind}-*")).rename(home / out / f"{kind}.safetensors")
     return home
 
 
@@ -90,6 +92,15 @@ def test_two_processes_draw_the_same_files_as_one(both):
                  for path in (both / name / "drawn/distilled").rglob("*.png")} for name in ("one", "two"))
     assert len(one) == 30 and one == two
     assert json.loads((both / "two/drawn/distilled.json").read_text())["ipc"] == 3
+
+
+def test_two_processes_aim_at_the_same_modes_and_keep_the_same_images(both):
+    one, two = ({path.name + path.parent.name: path.read_bytes()
+                 for path in (both / name / "kept/distilled").rglob("*.png")} for name in ("one", "two"))
+    assert len(one) == 20 and one == two
+    assert (both / "one/modes.safetensors").read_bytes() == (both / "two/modes.safetensors").read_bytes()
+    kept = [json.loads((both / name / "kept/distilled.json").read_text())["kept"] for name in ("one", "two")]
+    assert kept[0] == kept[1]
 
 
 def test_a_budget_ends_for_all_processes_at_once(both):
