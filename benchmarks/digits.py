@@ -1,6 +1,6 @@
 """Measures the rows of docs/digits.md's tables, and writes the tables and the plot from what it measured.
 
-    python benchmarks/digits.py            # an hour and more on two CPU cores; skips rows that are there
+    python benchmarks/digits.py            # several hours on two CPU cores; skips rows that are there
     python benchmarks/digits.py --tables   # measures nothing: rewrites the tables from results/digits.jsonl
 
 Rows are kept in results/digits.jsonl; delete it and out/ to measure all anew. Accuracies are the judge's last
@@ -264,7 +264,8 @@ def main(argv=None):
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
         figures.plot_steps(rows, BUDGET, ROOT / "assets" / "steps.png")
         figures.plot_map(rows, ROOT / "assets" / "map.png")
-        figures.plot_curves(rows, digits_rows.CURVES, ROOT / "assets" / "curves.png")
+        if any(row["table"] == "curves" for row in rows):
+            figures.plot_curves(rows, digits_rows.CURVES, ROOT / "assets" / "curves.png")
         figures.plot_images(rows, ROOT / "assets" / "images.png")
         write_pages(tables(rows))
         print(f"README.md, docs/digits.md and assets/ show the {len(rows)} rows of "
