@@ -167,11 +167,48 @@ def test_what_is_said_of_the_map_is_what_was_measured():
     assert f"from {large(steps[2])} to {diverse['two_hundred_mean']:.1f} %, nearly what 10 steps" in DIGITS
     assert (f"precision: {diverse['metrics']['precision']:.2f} in place of "
             f"{plain['metrics']['precision']:.2f}") in DIGITS
+    pair = lambda name: (of[name]["metrics"]["precision"], of[name]["metrics"]["recall"])
+    pulled, both = pair("lambda_r 0.2, guidance 1"), pair("both 0.1, guidance 1")
+    assert (f"from {recall(one)} to {pulled[1]:.2f}, and precision rises from {pair(one)[0]:.2f} to "
+            f"{pulled[0]:.2f}. With 0.1") in DIGITS
+    assert f"cancel: precision {both[0]:.2f}, recall {both[1]:.2f}" in DIGITS
+
+    def buys(before, after):
+        """Recall gained for precision lost."""
+        (p, r), (p_after, r_after) = pair(before), pair(after)
+        return f"{r_after - r:.2f} for {p - p_after:.2f}"
+    assert f"from 2 to 1 it buys {buys(two, one)} of precision. More steps (5 to 10) buy " in DIGITS
+    assert (f"buy {buys(steps[2], one)}, and lambda_d 0.02 at 5 steps "
+            f"{buys(steps[2], 'lambda_d 0.02, 5 steps, guidance 1')}.") in DIGITS
     published = [(of[f"published lambdas, guidance {g}"], of[f"guidance {g}"]) for g in (1, 2)]
     assert all(abs(a["metrics"][name] - b["metrics"][name]) < 0.05
                for a, b in published for name in ("precision", "recall"))
-    best = sorted(of.values(), key=lambda row: -row["mean"])[:5]
+    best = sorted((row for name, row in of.items() if "modes" not in name), key=lambda row: -row["mean"])[:5]
     assert best[0]["mean"] - best[-1]["mean"] < min(row["std"] for row in best[1:])
+    assert (f"{best[0]['mean']:.1f} % and less. Ten modes, one for each image, give "
+            f"{of['10 modes, guidance 1.5']['mean']:.1f} %") in DIGITS
+
+
+def test_what_is_said_of_the_pairs_is_what_was_measured():
+    import digits
+    of = {row["row"]: row["accuracy"] for row in results.read_rows(digits.RESULTS) if row["table"] == "pairs"}
+
+    def gain(one, two):
+        """(mean, standard error) of the paired differences, and both in words."""
+        each = torch.tensor(of[one]).double() - torch.tensor(of[two]).double()
+        mean, error = each.mean().item(), each.std().item() / len(each) ** 0.5
+        return mean, error, f"{mean:.2f} ± {error:.2f}"
+    assert all(len(accuracies) == 10 for accuracies in of.values())
+    diverse = "lambda_d 0.05, 5 steps"
+    mean, error, said = gain(diverse, "base model, 5 steps")
+    assert f"makes {said} points more" in DIGITS and mean > 2 * error
+    mean, error, said = gain(diverse, "base model, 10 steps")
+    assert f"the difference is {said}." in DIGITS and mean < 2 * error
+    mean, error, said = gain("published lambdas, 50 steps", "base model, 50 steps")
+    assert f"the published weights make {said} points" in DIGITS and mean < 2 * error
+    mean, error, said = gain("base model, with modes", "real, at random")
+    assert f"without fine-tuning, makes {said} points more than random real images" in DIGITS and mean > 0
+    assert f"({mean:.1f} over ten seeds)" in README and f"({mean:.1f} over ten seeds, below)" in DIGITS
 
 
 def test_what_is_said_of_the_solvers_is_what_was_measured():
