@@ -1,6 +1,6 @@
 """The figures of docs/digits.md, drawn from the rows of results/digits.jsonl; t-SNE also needs the sets.
 
-No benchmark by itself: digits.py imports it.
+No benchmark by itself: `python benchmarks/digits.py --tables` draws all of them but t-SNE.
 """
 import numpy as np
 import torch

@@ -1,8 +1,8 @@
 """Rows of docs/digits.md: real and distilled sets, precision against recall, pairs, sets of equal seconds.
 
-No benchmark by itself: digits.py imports it. Rows of the map and of the curves are made with --validation:
-their base model saw four fifths of the training digits, and judges are tested on the fifth that it did not
-see. Settings are chosen there. The rows of the other tables are judged on the test digits.
+No benchmark by itself: `python benchmarks/digits.py` measures them. Rows of the map and of the curves are
+made with --validation: their base model saw four fifths of the training digits, and judges are tested on the
+fifth that it did not see. Settings are chosen there. The other tables are judged on the test digits.
 """
 import functools
 import json
@@ -74,12 +74,14 @@ CURVES = {
 
 
 def tuned(flags, validation):
-    """(the checkpoint that minimax.py makes with these flags, its command); of the base model (path, "")."""
+    """Runs minimax.py with these flags: (checkpoint, command); None is the base model: (its path, "")."""
     name, extra = ("digits-validation", "--validation ") if validation else ("digits", "")
     if flags is None:
         return f"out/{name}/base.safetensors", ""
     out = f"out/bench/{'val-' * validation}tuned{flags.replace(' ', '')}"
-    return f"{out}/minimax.safetensors", " ".join(f"python minimax.py {extra}{flags} --out {out}".split())
+    command = " ".join(f"python minimax.py {extra}{flags} --out {out}".split())
+    type_in(command)                                            # which is left as it is where it is finished
+    return f"{out}/minimax.safetensors", command
 
 
 def slug(flags):
@@ -94,6 +96,14 @@ def folder(checkpoint, flags):
         home, home) + "/" + slug(flags)
 
 
+def described(data, images, bf16):
+    """The part of a row that says what was judged, and how. images: of the set."""
+    return {"data": data.name, "cut": data.cut, "train": "distilled",
+            "ipc": images // len(data.train.classes), "images": images, "protocol": data.recipe.protocol,
+            "judge": convnet.title(data.recipe.net), "size": data.recipe.judge_size, "seed": 0,
+            "device": "cpu bf16" if bf16 else "cpu"}
+
+
 def map_row(tune, flags, data, bf16, compare, ipc=200):
     """One set of `ipc` a class: its metrics at 50 a class, and what judges learn from it.
 
@@ -101,8 +111,6 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
     it has so many.
     """
     checkpoint, tuning = tuned(tune, validation=True)
-    if tuning:
-        type_in(tuning)
     out = folder(checkpoint, flags)
     draw = f"python sample.py --validation --checkpoint {checkpoint} {flags} --ipc {ipc} --npz --out {out}"
     type_in(draw)
@@ -116,11 +124,9 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
         found |= {"epochs": epochs} if name == "accuracy" else {}
         found |= summary(name, [round(curve[-1], 4) for _, curve in judged])
     drawn = json.loads(pathlib.Path(out, "distilled.json").read_text())["seconds"]
-    return {"data": data.name, "cut": data.cut, "train": "distilled", "ipc": 10, "images": 10 * K,
-            "protocol": data.recipe.protocol, "judge": convnet.title(data.recipe.net),
-            "size": data.recipe.judge_size, "runs": RUNS, **found, "drawn": round(drawn, 2),
-            "metrics": compare([whole.pick(torch.arange(50 * K))]), "seed": 0,
-            "device": "cpu bf16" if bf16 else "cpu", "command": "; ".join(filter(None, [tuning, draw]))}
+    return {**described(data, 10 * K, bf16), "runs": RUNS, **found, "drawn": round(drawn, 2),
+            "metrics": compare([whole.pick(torch.arange(50 * K))]),
+            "command": "; ".join(filter(None, [tuning, draw]))}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -128,10 +134,11 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
 
 
 def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
-    """A set of ten a class and a judge for each of `runs` seeds, so that two rows are paired."""
+    """A set, and a judge of it, for each of `runs` seeds, so that two rows are paired.
+
+    Under a budget the sets differ in size: the row has the smallest one's, the accuracies are those of all.
+    """
     checkpoint, tuning = tuned(tune, validation=False)
-    if tuning:
-        type_in(tuning)
     out = folder(checkpoint, flags)
     draw = f"python sample.py --checkpoint {checkpoint} {flags} --seed S --out {out}-S"
     sets, drawn = [], []
@@ -139,20 +146,16 @@ def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
         type_in(draw.replace("S", str(seed)))
         sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
         drawn.append(json.loads(pathlib.Path(f"{out}-{seed}", "distilled.json").read_text())["seconds"])
-    K, accuracies = len(data.train.classes), {}
-    sizes = sorted({len(part.labels) for part in sets})         # under a budget they may differ
+    sizes, accuracies = sorted({len(part.labels) for part in sets}), {}
     for size in sizes:
         seeds = [seed for seed, part in enumerate(sets) if len(part.labels) == size]
-        epochs = count_epochs(data.recipe, size, K)
+        epochs = count_epochs(data.recipe, size, len(data.train.classes))
         judged = train_judges([sets[seed] for seed in seeds], data.test, data.recipe, epochs,
                               [1000 * seed for seed in seeds], num_evals=1, bf16=bf16)
         accuracies |= {seed: round(curve[-1], 4) for seed, (_, curve) in zip(seeds, judged, strict=True)}
-    return {"data": data.name, "cut": data.cut, "train": "distilled", "ipc": sizes[0] // K,
-            "images": sizes[0], "protocol": data.recipe.protocol, "judge": convnet.title(data.recipe.net),
-            "size": data.recipe.judge_size, "runs": runs, "epochs": epochs,
+    return {**described(data, sizes[0], bf16), "runs": runs, "epochs": epochs,
             **summary("accuracy", [accuracies[seed] for seed in range(runs)]),
-            "drawn": round(statistics.mean(drawn), 2), "metrics": compare(sets), "seed": 0,
-            "device": "cpu bf16" if bf16 else "cpu",
+            "drawn": round(statistics.mean(drawn), 2), "metrics": compare(sets),
             "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
                                                              "--metrics --runs 1 --seed S"]))}
 
@@ -178,7 +181,6 @@ def random_row(data, bf16, compare):
 def expanded_row(data, bf16, compare):
     """All real images and 100 distilled ones a class beside them (Gu et al., Table 9)."""
     checkpoint, tuning = tuned("", validation=False)
-    type_in(tuning)
     draw = f"python sample.py --checkpoint {checkpoint} --guidance 1 --ipc 100 --out out/bench/hundred"
     type_in(draw)
     source = "full+out/bench/hundred/distilled"

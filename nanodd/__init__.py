@@ -3,7 +3,7 @@
     errors, processes, files, recipes, cli, checks      used by all stages
     data/        image sets: folders, archives, .npz; the data sets by their names
     networks/    for diffusion.py and minimax.py: checkpoints, training, U-ViT, the autoencoder
-    sampling/    for sample.py: DPM-Solver, the distilled set on disk, the choice of a step count; sheets
+    sampling/    for sample.py: DPM-Solver, the distilled set on disk, step counts, modes, sheets of samples
     judging/     for train_eval.py: other judges, Gu et al.'s protocol, resuming, baselines of real images
 
 No file of this package imports a stage file or has a command line: every command is a file of the top level.
