@@ -10,13 +10,13 @@
     python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
-Few steps make more images of a budget (diffusion step reduction, Fan et al. 2025). Under a budget a block of
---batch images, after the first, starts only if the longest block so far would still fit; the run then exceeds
-the budget by no more than the last block's excess over the longest one before it.
+Fewer steps draw more images in a budget (diffusion step reduction, Fan et al. 2025). A block of --batch
+images, after the first, starts only if the longest block so far would still fit (the first, which warms up,
+counts only until there are two); a run is late by no more than its last block's excess over that longest one.
 Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
-checkpoint, the flags --vae to --mode-weight, the seed, the class and the index fix an image: to the byte on
-one device with one --batch (so that a resumed run writes the same files), otherwise, in float32, to one grey
-level. --ipc 5 is the first half of --ipc 10, except with --oversample, and with --modes without a number.
+checkpoint, the flags of sampler, guidance, modes and autoencoder, the seed, the class and the index fix an
+image: to the byte on one device with one --batch (so that a resumed run writes the same files), otherwise, in
+float32, to one grey level. --ipc 5 is half of --ipc 10, save with --oversample, or --modes without a number.
 Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho & Salimans 2022 and Kynkaanniemi et al. 2024
 (guidance), Lu et al. 2022, 2023 (DPM-Solver), Lin et al. 2024 (trailing), Chan-Santiago et al. 2025 (modes).
 """
@@ -155,7 +155,7 @@ def guided(model, rows, null, guidance, channels=None, interval=(0, Schedule.T -
     (both ends within; Kynkaanniemi et al. 2024), eps_hat is eps_c, and eps_u is not computed.
     model: DiT or U-ViT. rows: (B,) rows of its label table, one for each image's class; null: the row that
     means "no class". channels: how many of the first channels are guided, None for all. DiT's authors guide 3
-    of 4, by an oversight that their published FID was made with; the other channels are conditional.
+    of 4, with which their FID was made; the other channels are conditional.
     """
     def predict(x, t):
         C, time = x.shape[1], torch.full((len(x),), float(t), device=x.device)          # (B,)
@@ -182,9 +182,9 @@ def calls_at(t, guidance, interval):
 def mode_guided(predict, sampler, centres, weight):
     """predict, with mode guidance in the first half of the steps: eps_hat - weight sigma (m - x0_hat).
 
-    So x0_hat moves by weight sigma^2 / alpha of its way to m: beyond m near t = 999. centres: m (B, C, H, W),
-    a mode of its class for each image (nanodd/sampling/modes.py). Chan-Santiago et al. 2025 add weight
-    (m - x0_hat), times the posterior's deviation, to DDPM's mean; this form serves every sampler.
+    So x0_hat moves by weight sigma^2 / alpha of its way to m: at weight 0.1, beyond m for t >= 675. centres:
+    m (B, C, H, W), a mode of its class for each image. Chan-Santiago et al. 2025 add weight (m - x0_hat),
+    times the posterior's deviation, to DDPM's mean; this form serves every sampler (docs/papers.md compares).
     """
     end = sampler.times[len(sampler.times) // 2]
 
@@ -224,11 +224,11 @@ def draw(trained, seed, sampler, items, centres=None, mode_weight=0.0):
     x = torch.empty(len(items), *shape, device=device)                      # (n, C, H, W), or latents
     for positions in loading.by_phase(trained, [label for label, _ in items]):   # loads each phase's weights
         chosen = [items[i] for i in positions]
-        rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)  # (n,)
+        rows = torch.tensor([header["rows"][label] for label, _ in chosen], device=device)
         predict = guided(trained.network, rows, header["rows"][-1], **trained.guide)    # [-1]: "no class"
         if centres is not None:
             own = torch.stack([centres[label, index % centres.shape[1]] for label, index in chosen])
-            predict = mode_guided(predict, sampler, own, mode_weight)       # own: (n, C, H, W)
+            predict = mode_guided(predict, sampler, own, mode_weight)       # own: (len(chosen), C, H, W)
         names = [(header["classes"][label], index) for label, index in chosen]
         x[positions] = sampler(predict, image_noise(seed, names, shape, device))
     return loading.pictures_of(trained, x)
@@ -290,25 +290,26 @@ def draw_set(args, run):
     out = args.out or pathlib.Path("out", name)
     trained = loading.for_sampling(args, run, name, out)
     header, guide, grid = trained.header, trained.guide, args.grid or SAMPLERS[args.sampler][1]
-    place = pool = distilled.Place(out, header["classes"], args.npz)
+    place = pool = distilled.Place(out, header["classes"], args.npz)    # drawn into pool, kept in place
     mode_arguments, mode_settings = modes.of_flags(args, run, header, ipc)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": grid,
                 "eta": args.eta, "guidance": guide["guidance"],
                 "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"],
                 "bf16": trained.bf16, "autoencoder": trained.autoencoder, "seed": args.seed,
                 "batch": args.batch, "npz": args.npz, **mode_settings}
-    sampler_in = functools.partial(sampler_of, args.sampler, grid=grid, schedule=trained.schedule,
-                                   eta=args.eta)
-    drawing = functools.partial(draw, trained, args.seed, **mode_arguments)  # still takes sampler and items
+    def sampler_in(steps):
+        return sampler_of(args.sampler, steps, grid, trained.schedule, args.eta)
+
+    def draw_in(steps):                                         # draw, which still takes items
+        return functools.partial(draw, trained, args.seed, sampler_in(steps), **mode_arguments)
     if args.steps == "auto":                # draws a small set, a pilot, in each count; judges compare them
         judge = functools.cache(lambda: pilots.judge_of_pilots(args, header["recipe"], run.device,
                                                                train_judges, count_epochs))
-        settings["steps"] = pilots.choose_steps(lambda steps: functools.partial(drawing, sampler_in(steps)),
-                                                judge, place, settings, budget, run)
+        settings["steps"] = pilots.choose_steps(draw_in, judge, place, settings, budget, run)
     sampler = sampler_in(settings["steps"])                     # raises UserError before files are changed
     fresh = {"settings": settings, "data": name, "classes": header["classes"], "ipc": 0, "budget": 0.0,
              "seconds": 0.0, "command": run.command}
-    if args.oversample > 1:                 # draws more images into a pool, of which the best are kept
+    if args.oversample > 1:                 # the pool is larger, and the best of it are kept
         pool = distilled.Place(out / "pool", header["classes"], args.npz)
         size = [str(ipc * args.oversample), str(budget)]
         pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)
@@ -323,10 +324,9 @@ def draw_set(args, run):
         print(f"{place.path} holds {saved} images a class already (same settings): left as it is -> "
               f"{evaluate}" + f" --ipc {ipc}" * (ipc < saved))
         return
-    images = drawn = pool.fill(functools.partial(drawing, sampler), ipc * args.oversample, budget, args.batch,
-                               run.command)
-    if pool is not place:
-        images = oversample.keep_best(args, run, header["recipe"], pool, place, real_judge)
+    drawn = pool.fill(draw_in(settings["steps"]), ipc * args.oversample, budget, args.batch, run.command)
+    images = drawn if pool is place else oversample.keep_best(args, run, header["recipe"], pool, place,
+                                                              real_judge)
     # call_times runs the loop once more, on a (1, 1, 1, 1) x and without the network
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in solvers.call_times(sampler))
     print(f"{images} images | {place.record['ipc']} a class | {place.record['seconds']:.1f} s | "

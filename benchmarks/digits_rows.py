@@ -20,7 +20,8 @@ from train_eval import count_epochs, evaluate, real_judge, train_judges
 RUNS, PAIRS, SECONDS = 5, 10, 2
 REAL = {"real, at random": "random", "real, herding": "herding", "real, k-center": "kcenter",
         "real, k-means centroids": "kmeans"}
-MODES = "--steps 20 --grid uniform --guidance 1.5"              # chosen on the validation part
+MODES = "--steps 20 --grid uniform --guidance 1.5 --mode-weight 0.2"     # chosen on the validation part
+SELECTED = f"{MODES} --oversample 4"                            # herding keeps a quarter
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The map: precision and recall of one large set a setting, and what judges learn from parts of it
@@ -39,9 +40,11 @@ MAP = {
     **{f"lambda_r {r}, guidance 1": (f"--lambda-r {r} --lambda-d 0", "--steps 10 --guidance 1")
        for r in ("0.05", "0.2")},
     "both 0.1, guidance 1": ("--lambda-r 0.1 --lambda-d 0.1", "--steps 10 --guidance 1"),
-    "10 modes, guidance 1.5": (None, f"{MODES} --modes 10"),
+    "20 steps, uniform grid, guidance 1.5": (None, "--steps 20 --grid uniform --guidance 1.5"),
+    "10 modes of weight 0.1, guidance 1.5": (None, "--steps 20 --grid uniform --guidance 1.5 --modes 10"),
     "10 modes of weight 0.2, guidance 2": (
         None, "--steps 20 --grid uniform --guidance 2 --modes 10 --mode-weight 0.2"),
+    "10 modes of weight 0.2, guidance 1.5": (None, f"{MODES} --modes 10"),
 }
 # row -> (flags of minimax.py, flags of sample.py, images a class). 1,000 network calls a class, in five or in
 # ten steps, with and without diversity; and ten a class at the steps of most accuracy on the map.
@@ -52,13 +55,16 @@ PAIRED = {
     "base model, 50 steps": (None, "--steps 50 --guidance 1", 10),
     "published lambdas, 50 steps": ("", "--steps 50 --guidance 1", 10),
     "base model, with modes": (None, f"{MODES} --modes 10", 10),
+    "base model, with modes, a quarter kept": (None, f"{SELECTED} --modes 10", 10),
 }
 # sets within two seconds: flags of sample.py
 EQUAL = {
     "plain": "--steps 10 --guidance 1",
     **{f"a fifth of it, by {rule}": f"--steps 10 --guidance 1 --oversample 5 --keep {rule}"
        for rule in ("herding", "kcenter", "band")},
-    "20 modes": f"{MODES} --modes 20",
+    "20 modes": "--steps 10 --grid uniform --guidance 1.5 --mode-weight 0.2 --modes 20",
+    "10 modes, half of it, by herding":
+        "--steps 10 --grid uniform --guidance 1 --mode-weight 0.2 --modes 10 --oversample 2",
 }
 EQUAL = {name: f"{flags} --batch 20 --seconds {SECONDS}" for name, flags in EQUAL.items()}
 # Gu et al.'s Figure 6: {what changes: {value: flags of minimax.py}}. All start from the flags START and are
@@ -220,8 +226,9 @@ def jobs(test, validation, bf16):
             rows["main", name, ipc] = real(source, ipc)
         rows["main", "**distilled**", ipc] = judged_here(
             "", f"--steps 10 --guidance 1 --ipc {ipc}", RUNS)
-        rows["main", "**distilled, with modes**", ipc] = judged_here(
-            None, f"{MODES} --modes {ipc} --ipc {ipc}", RUNS)
+        for name, flags in (("with modes", MODES), ("with modes, a quarter kept", SELECTED)):
+            rows["main", f"**distilled, {name}**", ipc] = judged_here(
+                None, f"{flags} --modes {ipc} --ipc {ipc}", RUNS)
     rows |= {("map", name, None): chosen_there(*flags) for name, flags in MAP.items()}
     rows |= {("curves", flags, None): chosen_there(flags, CURVE, 50)
              for values in CURVES.values() for flags in values.values()}

@@ -198,8 +198,8 @@ def test_half_the_deviation_is_a_quarter_of_the_variance():
 def test_a_perfect_judge_names_all():
     labels = classes(12, 3)
     logits = torch.eye(3)[labels]
-    assert metrics.named(logits, labels) == 1
-    assert metrics.named(logits, torch.where(torch.arange(12) < 3, 2, labels)) == pytest.approx(10 / 12)
+    assert metrics.recognised(logits, labels) == 1
+    assert metrics.recognised(logits, torch.where(torch.arange(12) < 3, 2, labels)) == pytest.approx(10 / 12)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def compared(n=40, m=15, features=6, dtype=torch.float32, count=2):
 def test_compare_has_all_numbers_as_json():
     row = compared()
     assert set(row) == {"real", "images", "precision", "recall", "density", "coverage", "frechet", "mmd",
-                        "nearest", "variance", "named"}
-    assert (row["real"], row["images"], row["named"]) == (40, 15, 1)
+                        "nearest", "variance", "recognised"}
+    assert (row["real"], row["images"], row["recognised"]) == (40, 15, 1)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     real, fake = gaussian(40).float(), gaussian(15, seed=1).float()
     assert row["frechet"] == pytest.approx(metrics.frechet(real, fake), rel=1e-4)

@@ -9,10 +9,11 @@ from sklearn.cluster import KMeans
 
 import minimax
 import sample
-from conftest import drawn_files
+from conftest import ROOT, drawn_files
 from diffusion import Schedule
 from nanodd import files
 from nanodd.data import datasets, imageset
+from nanodd.networks.ddpm import posterior
 from nanodd.sampling import modes
 
 SCHEDULE = Schedule()
@@ -56,6 +57,17 @@ def test_the_pull_moves_the_guess_at_the_image_and_stops_at_half_of_the_steps():
         before, after = ((x - sigma * f(x, t)[0]) / alpha for f in (mixture, predict))
         share = weight * sigma**2 / alpha if k < 5 else 0
         assert torch.allclose(after, before + share * (m - before), atol=1e-9)
+
+
+def test_what_is_said_of_the_pull_follows_from_the_schedule():
+    abar = SCHEDULE.abar
+    assert (0.1 * (1 - abar) / abar.sqrt() > 1).nonzero()[0].item() == 675
+    assert "at weight 0.1, beyond m for t >= 675" in " ".join(sample.mode_guided.__doc__.split())
+    times = sample.timesteps(50, "uniform")
+    _, _, variance, beta = posterior(abar[times[:25]], abar[times[1:26]])   # of the guided half of 50 steps
+    ours_to_theirs = beta / (1 - beta).sqrt() / variance.sqrt()             # what each adds to DDPM's mean
+    said = f"pulls {ours_to_theirs.min():.1f} to {ours_to_theirs.max():.1f} times as strongly as theirs"
+    assert said in (ROOT / "docs/papers.md").read_text()
 
 
 def test_the_modes_are_k_means_centres_the_largest_cluster_first(tuned):

@@ -16,19 +16,19 @@ def test_herding_keeps_the_images_whose_mean_is_the_real_images():
     real = torch.randn(50, 4) + 1
     around = real.mean(0) + torch.tensor([[1., 0, 0, 0], [-1, 0, 0, 0]])
     features = torch.cat([torch.randn(20, 4) - 1, around])
-    assert sorted(oversample.chosen(features, torch.zeros(22), real, 2, "herding")) == [20, 21]
+    assert sorted(oversample.keep_in_class(features, torch.zeros(22), real, 2, "herding")) == [20, 21]
 
 
 def test_kcenter_keeps_images_far_apart():
     features = torch.tensor([[0.], [0.1], [0.2], [10.], [10.1], [-9.]])
-    kept = oversample.chosen(features, torch.zeros(6), features, 3, "kcenter")
+    kept = oversample.keep_in_class(features, torch.zeros(6), features, 3, "kcenter")
     assert 5 in kept and (3 in kept or 4 in kept)
 
 
 def test_the_band_is_the_middle_of_the_confidences():
     confidence = torch.tensor([0.9, 0.1, 0.5, 0.4, 0.6, 0.99])
-    assert oversample.chosen(torch.randn(6, 2), confidence, torch.randn(6, 2), 2, "band") == [2, 4]
-    assert sorted(oversample.chosen(torch.randn(6, 2), confidence, None, 4, "band")) == [0, 2, 3, 4]
+    assert oversample.keep_in_class(torch.randn(6, 2), confidence, torch.randn(6, 2), 2, "band") == [2, 4]
+    assert sorted(oversample.keep_in_class(torch.randn(6, 2), confidence, None, 4, "band")) == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize("rule", oversample.RULES)
@@ -83,7 +83,7 @@ def test_another_choice_from_the_same_pool_draws_nothing(tuned, narrow, monkeypa
 def test_a_checkpoint_of_some_classes_is_chosen_from_by_their_names(tuned, narrow, monkeypatch):
     minimax.main(["--classes", "5-9", "--out", "out/part"])
     labels = []
-    monkeypatch.setattr(oversample, "chosen", lambda features, confidence, real, ipc, rule:
+    monkeypatch.setattr(oversample, "keep_in_class", lambda features, confidence, real, ipc, rule:
                         labels.append(len(real)) or list(range(ipc)))
     sample.main(["--checkpoint", "out/part/minimax-5-9.safetensors", "--steps", "2", "--ipc", "1",
                  "--oversample", "2", "--out", "out/drawn"])
@@ -102,7 +102,7 @@ def test_too_short_a_budget_for_the_best_is_said(tuned, narrow, clock, sentence)
 def test_a_run_stopped_while_keeping_draws_nothing_again(tuned, narrow, monkeypatch):
     argv = ["--steps", "3", "--ipc", "2", "--oversample", "2", "--npz"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(oversample, "chosen", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(oversample, "keep_in_class", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         sample.main(argv)
     pool = pathlib.Path("out/digits/pool/distilled.npz").read_bytes()
     monkeypatch.setattr(sample, "draw", lambda *args, **how: pytest.fail("drawn again"))

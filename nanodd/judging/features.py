@@ -1,4 +1,4 @@
-"""Features in which images are compared: of a judge of all real training images, or of a pretrained network.
+"""Features in which images are compared: of a judge trained on all real images, or of a pretrained network.
 
 Herding, k-center, the numbers of train_eval.py --metrics and the choice of sample.py --oversample come from
 feature vectors. A judge that was trained on all real images knows the data set's own classes; a pretrained
@@ -27,15 +27,16 @@ class RealJudge(NamedTuple):
 def cached_judge(folder, train, recipe, bf16, make, build):
     """The network that make() trains on all of `train`, an ImageSet; its weights are kept in `folder`.
 
-    The file is named by a hash of all that the weights depend on. build: (net, size, channels, classes) -> an
-    untrained network. folder: None keeps nothing.
+    The file is named by a hash of the images, the recipe's settings of a judge, and the kind of device. make:
+    () -> a trained network. build: (net, size, channels, classes) -> an untrained one. folder: None keeps
+    nothing.
     """
     if folder is None:
         return make()
     device = train.images.device
-    numbers = (recipe.net, recipe.judge_size, recipe.protocol, recipe.augment, recipe.mean, recipe.std,
+    settings = (recipe.net, recipe.judge_size, recipe.protocol, recipe.augment, recipe.mean, recipe.std,
                recipe.epochs, recipe.views, bf16, device.type)
-    key = hashlib.sha256(repr((imageset.fingerprint(train), numbers)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((imageset.fingerprint(train), settings)).encode()).hexdigest()[:16]
     path = folder / f"real_judge-{key}.safetensors"
     judge = build(recipe.net, recipe.judge_size, recipe.colours, len(train.classes))
 
@@ -50,7 +51,7 @@ def pretrained(name, device):
     """The features of timm's pretrained network `name`: a function from uint8 (N, C, H, W) to (N, F).
 
     Images are brought to the network's own size, colours and normalisation. inception_v3.tf_in1k is TF-Slim's
-    Inception v3, not the network of published Frechet Inception distances: its numbers compare with its own.
+    Inception v3, not the network of published Frechet Inception distances: they cannot be compared.
     Raises UserError where timm has no such network, or its weights cannot be fetched.
     """
     import timm                                                 # a slow import: only where it is needed
@@ -76,7 +77,7 @@ def pretrained(name, device):
 
 
 def comparison(name, judge, test):
-    """compare(ImageSets) -> {metric: number}: means over the sets of what metrics.compare says of each.
+    """Returns compare: a list of ImageSets -> {metric: number}, the means of metrics.compare over the sets.
 
     Each is compared with the real images `test`, on the same device. A metric that one of the sets is too
     small for is None. name: "judge" for the features of `judge`, a RealJudge, else "timm:NAME". Raises
@@ -86,9 +87,9 @@ def comparison(name, judge, test):
     real = embed(test.images)                                               # (N, F)
 
     def compare(sets):
-        found = [metrics.compare(real, embed(part.images), test.labels, part.labels,
-                                 judge.classify(part.images)) for part in sets]
-        values = {key: [one[key] for one in found] for key in found[0]}
+        rows = [metrics.compare(real, embed(part.images), test.labels, part.labels,
+                                judge.classify(part.images)) for part in sets]
+        values = {key: [row[key] for row in rows] for key in rows[0]}
         return {"features": name, **{key: None if None in value else statistics.mean(value)
                                      for key, value in values.items()}}
     return compare

@@ -1,21 +1,21 @@
 """Distances between the features of real images, real (N, F), and of a set's images, fake (M, F).
 
-    B_k(x)    = the ball around x as far as its k-th nearest neighbour in x's own set, x itself excluded
-    precision = the share of the fake in any B_3(real)      recall   = the share of the real in any B_3(fake)
-    density   = the number of pairs of a fake and a B_5(real) around it, divided by 5 M
-    coverage  = the share of the real whose B_5 contains a fake
-    nearest   = the mean distance from a real to the nearest fake
-    variance  = the variance of the features within a class, the fake's divided by the real's
-    named     = the share of the fake whose class a judge of all real images names
-    frechet   = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), means and covariances of the two sets
-    mmd       = mean k(real, real') + mean k(fake, fake') - 2 mean k(real, fake),  k(x, y) = (x.y / F + 1)^3,
-                where real' and fake' are other images of the same set
+    B_k(x)     = the ball around x as far as its k-th nearest neighbour in x's own set, x itself excluded
+    precision  = the share of fake images in any B_3(real)    recall = the share of real ones in any B_3(fake)
+    density    = the number of pairs of a fake image and a B_5(real) around it, divided by 5 M
+    coverage   = the share of real images whose B_5 contains a fake one
+    nearest    = the mean distance from a real image to the nearest fake one
+    variance   = the variance of the features within a class, the fake images' divided by the real ones'
+    recognised = the share of fake images that a judge (a classifier) of the real ones puts in their own class
+    frechet    = |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), means and covariances of the two sets
+    mmd        = mean k(real, real') + mean k(fake, fake') - 2 mean k(real, fake),  k(x, y) = (x.y / F + 1)^3,
+                 where real' and fake' are other images of the same set
 
 The measure of a distilled set stays the judge's accuracy. These numbers do not see what a network learns from
-an image; they help to explain an accuracy: whether images are typical (precision, density, named) or varied
-(recall, coverage, variance). Precision, recall, coverage, nearest and frechet change with N and M alone, and
-a distilled set is small (M << N), far from the 10,000 or 50,000 images of the papers: only rows of the same N
-and M can be compared.
+an image; they help to explain an accuracy: whether images are typical (precision, density, recognised) or
+varied (recall, coverage, variance). Precision, recall, coverage, nearest and frechet change with N and M even
+where the two distributions do not, and a distilled set is small (M << N), far from the papers' 10,000 or
+50,000 images: only rows of the same N and M can be compared.
 
 Features in, numbers out: tensors of any float dtype, on one device; all is computed in float64, about PAIRS
 pairs at a time, but at least one row. Sources: Kynkaanniemi et al. 2019 (precision, recall; k = 3), Naeem et
@@ -36,7 +36,7 @@ def doubles(real, fake):
 
 
 def centred(real, fake):
-    """Both sets about the mean of the real: distances stay, and the norms that rounding grows with fall."""
+    """Both sets about the mean of the real: distances stay the same, norms and their rounding errors fall."""
     real, fake = doubles(real, fake)
     return real - real.mean(dim=0), fake - real.mean(dim=0)
 
@@ -69,10 +69,10 @@ def squared_radii(x, k):
 
 
 def share_inside(points, centres, k):
-    """The share of the points (N, F) in any B_k(centres), centres (M, F); None where M <= k."""
+    """The share of the points (P, F) in any B_k(centres), centres (Q, F); None where Q <= k."""
     if len(centres) <= k:
         return None
-    radii = squared_radii(centres, k)                                       # (M,)
+    radii = squared_radii(centres, k)                                       # (Q,)
     inside = torch.cat([(block <= radii).any(dim=1) for block in squared_distances(points, centres)])
     return inside.double().mean().item()
 
@@ -123,7 +123,7 @@ def frechet(real, fake):
     With covariances S = A^T A (divisor N - 1), S_1 S_2 has the nonzero eigenvalues of B B^T, B = A_1 A_2^T:
     the trace of its root is the sum of B's singular values. This loses no digits where the covariances are
     singular (M <= F), since no root of a rounding error is taken. Biased upwards, the more the smaller N and
-    M are: a table names both. None where N or M is below 2.
+    M are: write both beside it. None where N or M is below 2.
     """
     if min(len(real), len(fake)) < 2:
         return None
@@ -161,7 +161,7 @@ def mmd(real, fake):
 
 
 def variance(real, fake, real_labels, fake_labels):
-    """The variance within a class, of the fake as a share of the real's: 1 is as varied, 0 is one image.
+    """The variance within a class, of the fake as a share of the real's: 1 is as varied, 0 is no variety.
 
     It is the trace of the covariance of a class's features, with divisor n - 1, as a mean over the classes of
     real_labels. The share is the ratio of the two means. None where a class has fewer than two images of
@@ -176,22 +176,23 @@ def variance(real, fake, real_labels, fake_labels):
     return within[1] / within[0] if within[0] else None
 
 
-def named(logits, labels):
-    """The share of images whose class a judge of all real images names: logits (M, K), labels (M,)."""
+def recognised(logits, labels):
+    """The share of images that a judge puts in their own class: logits (M, K), labels (M,)."""
     return (logits.argmax(dim=1) == labels).sum().item() / len(labels)
 
 
 def compare(real, fake, real_labels, fake_labels, logits):
     """{name: number}: N as "real", M as "images", and all metrics, rounded; None where one is undefined.
 
-    logits: of the fake by a judge of all real images, (M, K). A set of one image a class has no variance, and
-    M <= 3 no recall, N <= 3 no precision, N <= 5 no density and coverage, N or M = 1 no frechet and mmd.
+    logits: of the fake, by a judge trained on all real images, (M, K). N and M are at least 1. A set of one
+    image a class has no variance, and M <= 3 no recall, N <= 3 no precision, N <= 5 no density and coverage,
+    N or M = 1 no frechet and mmd.
     """
     precision, recall = precision_recall(real, fake)
     density, coverage = density_coverage(real, fake)
     shares = {"precision": precision, "recall": recall, "density": density, "coverage": coverage,
               "nearest": nearest(real, fake), "variance": variance(real, fake, real_labels, fake_labels),
-              "named": named(logits, fake_labels)}
+              "recognised": recognised(logits, fake_labels)}
     scales = {"frechet": frechet(real, fake), "mmd": mmd(real, fake)}       # of any order of magnitude
     return {"real": len(real), "images": len(fake),
             **{name: None if x is None else round(x, 4) for name, x in shares.items()},

@@ -34,8 +34,9 @@ def of_flags(args, run, header, ipc):
 def modes_of(data, run, count):
     """`count` modes of each class, the largest cluster first: (K, count, C, H, W) float in [-1, 1].
 
-    Of a recipe with latents, (K, count, 4, h, w) latents. On the device; cached in out/NAME, since the last
-    digits of k-means depend on the machine. data: datasets.Data. run: cli.Run, whose seed starts k-means.
+    Of a recipe with latents, (K, count, 4, h, w) latents. On the device. Cached in out/NAME, whatever --out
+    is: the last digits of k-means depend on the machine, and a set that is resumed needs the same. data:
+    datasets.Data. run: cli.Run, whose seed starts k-means.
     Raises UserError where a class has fewer training images than modes, or as latents.prepared.
     """
     fewest = int(data.train.labels.bincount().min())
@@ -57,7 +58,7 @@ def class_modes(examples, c, count, seed):
     """The modes of class c: (count, C, H, W) float32 on the CPU. examples: ImageSet or latents.Latents."""
     index = (examples.labels == c).nonzero().squeeze(1)                     # (n,)
     rng = torch.Generator(index.device).manual_seed(seed)       # latents are sampled, not their means
-    x = examples.examples(index, None, rng).cpu()                           # (n, C, H, W)
+    x = examples.examples(index, None, rng).cpu()               # (n, C, H, W); None: none is mirrored
     clusters = KMeans(count, n_init=3, random_state=seed % 2**32).fit(x.flatten(1).double().numpy())
     sizes = torch.from_numpy(clusters.labels_).bincount(minlength=count)    # (count,)
     centres = torch.from_numpy(clusters.cluster_centers_)[sizes.argsort(descending=True, stable=True)]

@@ -1,14 +1,14 @@
 """Draws more images than are kept, and keeps the best of each class: --oversample of sample.py.
 
 All are drawn into out/NAME/pool, a distilled set like any other, and its seconds are those of the set. A
-judge of all real training images (nanodd/judging/features.py) says which of them are kept:
+judge trained on all real images (nanodd/judging/features.py) says which of them are kept:
 
     herding   greedily those whose mean feature is close to the mean of the class's real training images
     kcenter   greedily the image farthest from all kept so far, so that every image is near a kept one
     band      those whose probability of their own class is in the middle of the pool's, neither the most
               typical nor the outliers
 
-CaO2 (2025), DGS (2025) and IMS3 (2026) also select from a surplus, each by a rule of its own.
+CaO2 (ICCV 2025), DGS (ICCVW 2025) and IMS3 (CVPR 2026) also select from a surplus, each by another rule.
 """
 import math
 import pathlib
@@ -23,7 +23,7 @@ from nanodd.judging import baselines
 RULES = "herding", "kcenter", "band"                            # --keep
 
 
-def chosen(features, confidence, real, ipc, rule):
+def keep_in_class(features, confidence, real, ipc, rule):
     """Positions of the `ipc` images of one class that are kept, in the order in which they are chosen.
 
     features: (n, F), n >= ipc. confidence: (n,), the judge's probability of the class. real: (N, F).
@@ -32,12 +32,15 @@ def chosen(features, confidence, real, ipc, rule):
         return baselines.choose_herding(features, ipc, None, real.mean(dim=0)).tolist()
     if rule == "kcenter":
         return baselines.choose_kcenter(features, ipc, None).tolist()
-    from_middle = (confidence.argsort().argsort() - (len(confidence) - 1) / 2).abs()    # (n,), of the ranks
-    return from_middle.argsort(stable=True)[:ipc].tolist()
+    return confidence.argsort(stable=True)[(len(confidence) - ipc) // 2:][:ipc].tolist()
 
 
 def choose(args, run, recipe, classes, images, ipc, real_judge):
-    """The positions that are kept, a list a class. classes: names; images: (n, C, H, W) uint8 of each."""
+    """The positions of the images that are kept: a list of `ipc` for each class.
+
+    classes: names. images: (n, C, H, W) uint8 for each of them. recipe, real_judge: as in keep_best. Reads
+    the data set's training images, and trains a judge of them or loads it from out/NAME.
+    """
     data = datasets.load(args.data, args.root, recipe, args.validation, args.skip_broken)
     if data.recipe.latents:                                     # pictures are read at the judge's size
         data = data._replace(train=data.train._replace(size=data.recipe.judge_size))
@@ -48,23 +51,24 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
         label = train.classes.index(name)                       # a checkpoint may have some classes only
         confidence = judge.classify(part.to(run.device)).softmax(dim=1)[:, label]       # (n,)
         features = judge.embed(part.to(run.device))                         # (n, F)
-        kept.append(chosen(features, confidence, real[train.labels == label], ipc, args.keep))
+        kept.append(keep_in_class(features, confidence, real[train.labels == label], ipc, args.keep))
     return kept
 
 
 def keep_best(args, run, recipe, pool, place, real_judge):
-    """Fills `place` with the best of the set in `pool`, 1 of --oversample K: returns the number of images.
+    """Fills `place` with the best of the set in `pool`: returns the number of images.
 
     recipe: the name of the checkpoint's. pool, place: distilled.Place. real_judge: train_eval.py's, called on
     the first process alone. A budget does not include the time of this function. distilled.json has the
     positions in the pool as "kept". Raises UserError where less than one image of a class is kept.
     """
-    K, drawn = len(pool.classes), pool.record["ipc"]
+    drawn = pool.record["ipc"]                                 # images a class
     ipc = drawn // args.oversample
     if ipc < 1:
         raise UserError(f"the budget holds {drawn} images a class, of which --oversample {args.oversample} "
                         "keeps none: raise --seconds, or lower --oversample")
-    images = pool.store.images([(c, index) for c in range(K) for index in range(drawn)]).split(drawn)
+    items = [(c, index) for c in range(len(pool.classes)) for index in range(drawn)]
+    images = pool.store.images(items).split(drawn)          # (drawn, C, H, W) of each class
     if "kept" not in place.record:                              # else a stopped run has chosen already
         place.record["kept"] = processes.on_first_process(
             lambda: choose(args, run, recipe, pool.classes, images, ipc, real_judge))

@@ -41,6 +41,7 @@ def averaged(trainer):
 def guided(model, rows, null, guidance):
     """predict of solvers.dpm_pp_2m: sample.guided in short. At guidance 1 there is no unconditional call.
 
+    It stands here once more, since diffusion.py draws sheets and cannot import sample.py, which imports it.
     rows: (n,) label-table rows, one for each image's class; null: the row that means "no class". Calls
     model.forward, since model(...), where it is compiled, would be compiled again for another batch size.
     """
@@ -68,7 +69,8 @@ def draw(start, columns):
     noise = torch.randn(shape, generator=rng).to(rows.device)               # (n, C, H, W)
     sampler = SimpleNamespace(schedule=schedule, times=solvers.logsnr(STEPS, schedule, schedule.end(STEPS)))
     with averaged(trainer) as model, torch.autocast(rows.device.type, torch.bfloat16, trainer.plan.bf16):
-        predict = guided(model, rows, null, header["guidance"] if null >= 0 else 1)     # -1: no such row
+        # a null of -1: the label table has no row for "no class"
+        predict = guided(model, rows, null, header["guidance"] if null >= 0 else 1)
         x = solvers.dpm_pp_2m(sampler, predict, lambda k: noise)            # (n, C, H, W), or latents
     decode, _ = start.decoder()
     pictures = [decode(part) for part in x.split(1)]            # one by one: decoding takes much memory
