@@ -55,6 +55,7 @@ PAIRED = {
     "base model, 50 steps": (None, "--steps 50 --guidance 1", 10),
     "published lambdas, 50 steps": ("", "--steps 50 --guidance 1", 10),
     "base model, with modes": (None, f"{MODES} --modes 10", 10),
+    "published lambdas, with modes": ("", f"{MODES} --modes 10", 10),
     "base model, with modes, a quarter kept": (None, f"{SELECTED} --modes 10", 10),
 }
 # sets within two seconds: flags of sample.py
