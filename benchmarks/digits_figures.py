@@ -23,6 +23,8 @@ DIALS = {                      # a line of the map: its rows, in order
         f"lambda_d {d}, guidance 2" for d in ("0.02", "0.05", "0.1"))],
     "lambda_r 0 to 0.2, 10 steps, guidance 1": ["guidance 1", *(
         f"lambda_r {r}, guidance 1" for r in ("0.05", "0.2"))],
+    "mode weight 0 to 0.2, 20 steps, guidance 1.5": ["20 steps, uniform grid, guidance 1.5", *(
+        f"10 modes of weight {w}, guidance 1.5" for w in ("0.1", "0.2"))],
 }
 
 
@@ -49,7 +51,9 @@ def plot_curves(rows, dials, path):
     dials: {dial: {value: the flags of minimax.py}}.
     """
     of = {row["row"]: row for row in rows if row["table"] == "curves"}
-    figure, panels = pyplot.subplots(1, len(dials), figsize=(12, 3.2), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(dials), figsize=(12, 3.2), layout="constrained", sharey=True)
+    low, high = (edge(row["mean"] + sign * row["std"] for row in of.values())
+                 for edge, sign in ((min, -1), (max, 1)))
     for axes, (dial, values) in zip(panels, dials.items(), strict=True):
         at = [value for value, flags in values.items() if flags in of]
         line = [of[values[value]] for value in at]
@@ -57,12 +61,13 @@ def plot_curves(rows, dials, path):
         for metric in ("precision", "recall"):
             axes.plot(at, [row["metrics"][metric] for row in line], marker="o", label=metric)
         right.errorbar(at, [row["mean"] for row in line], [row["std"] for row in line], marker="s",
-                       color="black", capsize=3, label="accuracy at 10 a class, %")
+                       color="black", capsize=3)
         axes.set(xlabel=dial, ylim=(0, 1))
         axes.grid(alpha=0.3)
         if axes is panels[0]:
             axes.legend(fontsize=7, loc="lower left")
-        right.set_ylabel("accuracy, %" if axes is panels[-1] else "")
+        right.set_ylim(low, high + 1.5 * (high - low))          # below precision and recall
+        right.set_ylabel("accuracy at 10 a class, % (black)" if axes is panels[-1] else "")
     save_plot(figure, panels[0], path)
 
 

@@ -1,5 +1,6 @@
 """README.md and docs/ say what is true: commands parse, tables are the measured rows, links lead on."""
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -218,6 +219,27 @@ def test_what_is_said_of_the_pairs_is_what_was_measured():
             f"{kept} points more if a quarter") in DIGITS and mean > 2 * error and more > 2 * more_error
     assert f"({mean:.1f} and {more:.1f} over ten seeds)" in README
     assert f"({mean:.1f} and {more:.1f} over ten seeds, below)" in DIGITS
+    mean, error, said = gain("published lambdas, with modes", "base model, with modes")
+    assert f"the same modes make {said} points more than without it" in DIGITS and mean < 2 * error
+
+
+def test_what_is_said_of_the_curves_is_what_was_measured():
+    import digits
+    import digits_rows
+    of = {row["row"]: row for row in results.read_rows(digits.RESULTS) if row["table"] == "curves"}
+    curves = {dial: [of[flags] for flags in values.values()] for dial, values in digits_rows.CURVES.items()}
+    ends = lambda dial, name: "from {:.2f} to {:.2f}".format(
+        *(curves[dial][end]["metrics"][name] for end in (0, -1)))
+    assert (f"from lambda_r 0 to 0.1 recall falls {ends('lambda_r', 'recall')}, and precision rises "
+            f"{ends('lambda_r', 'precision')}; from lambda_d 0 to 0.1 recall rises "
+            f"{ends('lambda_d', 'recall')}, and precision falls {ends('lambda_d', 'precision')}.") in DIGITS
+    for dial, name in itertools.product(("slots", "steps"), ("precision", "recall")):
+        values = [row["metrics"][name] for row in curves[dial]]
+        assert max(values) - min(values) < 0.05                 # "neither moves by more than 0.05"
+    accuracies = [row["mean"] for row in of.values()]
+    spread, deviation = max(accuracies) - min(accuracies), sum(row["std"] for row in of.values()) / len(of)
+    assert (f"all rows are within {spread:.1f} points, where the deviation over five judges is "
+            f"{deviation:.1f} on average") in DIGITS
 
 
 def test_what_is_said_of_two_seconds_and_of_more_data_is_what_was_measured():
@@ -232,7 +254,8 @@ def test_what_is_said_of_two_seconds_and_of_more_data_is_what_was_measured():
     modes, half = of["20 modes"], of["10 modes, half of it, by herding"]
     assert modes["drawn"] < 2 and half["drawn"] < 2 and of["plain"]["ipc"] / modes["ipc"] > 2
     for row in (modes, half):
-        assert f"{row['mean'] - of['plain']['mean']:.1f} points more with less than half as many images" in DIGITS
+        gain = f"{row['mean'] - of['plain']['mean']:.1f}"
+        assert f"{gain} points more with less than half as many images" in DIGITS
     full, = (row for row in rows if row["row"] == "all real images")
     more, = (row for row in rows if row["table"] == "expansion")
     assert abs(more["mean"] - full["mean"]) < max(more["std"], full["std"])
