@@ -143,7 +143,7 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
 def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
     """A set, and a judge of it, for each of `runs` seeds, so that two rows are paired.
 
-    Under a budget the sets differ in size: the row has the smallest one's, the accuracies are those of all.
+    Under a budget the sets differ in size: the row has size and epochs of the smallest, and all accuracies.
     """
     checkpoint, tuning = tuned(tune, validation=False)
     out = folder(checkpoint, flags)
@@ -160,7 +160,8 @@ def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
         judged = train_judges([sets[seed] for seed in seeds], data.test, data.recipe, epochs,
                               [1000 * seed for seed in seeds], num_evals=1, bf16=bf16)
         accuracies |= {seed: round(curve[-1], 4) for seed, (_, curve) in zip(seeds, judged, strict=True)}
-    return {**described(data, sizes[0], bf16), "runs": runs, "epochs": epochs,
+    return {**described(data, sizes[0], bf16), "runs": runs,
+            "epochs": count_epochs(data.recipe, sizes[0], len(data.train.classes)),
             **summary("accuracy", [accuracies[seed] for seed in range(runs)]),
             "drawn": round(statistics.mean(drawn), 2), "metrics": compare(sets),
             "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
