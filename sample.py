@@ -330,7 +330,7 @@ def draw_set(args, run):
     # call_times runs the loop once more, on a (1, 1, 1, 1) x and without the network
     calls = sum(calls_at(t, guide["guidance"], guide["interval"]) for t in solvers.call_times(sampler))
     print(f"{images} images | {place.record['ipc']} a class | {place.record['seconds']:.1f} s | "
-          f"{drawn * calls:,} network evaluations ({calls} an image)")
+          f"{drawn * calls:,} network evaluations ({calls} for each of {drawn})")
     print(f"saved {place.path} and {place.sheet} -> {evaluate}"
           + (f" --recipe {header['recipe']}" if header["recipe"] != recipes.own_recipe(args.data) else ""))
 

@@ -184,7 +184,7 @@ def test_the_evaluations_that_are_reported_are_those_made(tuned, capsys):
                  "--guidance-interval", "100", "500"])
     times = solvers.call_times(sampler_of("dpm-fast", 7))
     calls = 7 + sum(100 <= t <= 500 for t in times)
-    assert f"{10 * calls} network evaluations ({calls} an image)" in capsys.readouterr().out
+    assert f"{10 * calls} network evaluations ({calls} for each of 10)" in capsys.readouterr().out
 
 
 def test_out_is_looked_into_first(tuned, capsys):
