@@ -194,8 +194,8 @@ def base_of(args, data, run, train_base):
         if not published.published_base(recipe).is_file():
             published.import_weights(recipe, None, run)
         return published.published_base(recipe)
-    print(f"no {path} yet: making it first, once (python diffusion.py{cli.data_flags(args)} --steps N makes a "
-          "quicker, worse one)")
+    print(f"no {path} yet: making it first, once (python diffusion.py{cli.data_flags(args)} --steps N makes "
+          "a quicker, worse one)")
     train_base(data, path, run)
     return path
 
