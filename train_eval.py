@@ -304,9 +304,8 @@ def run(args, command):
     classes = len(data.train.classes)
     recipe = checks.judging_recipe(args, data.recipe, classes, FAMILIES)
     convnet.judge(recipe.net, recipe.judge_size, recipe.colours, classes)   # refuses a bad --net or --size
-    protocol, train, test = PROTOCOLS[recipe.protocol], data.train, data.test
-    if recipe.latents:                                          # pictures are read at the judge's size
-        train, test = (part._replace(size=recipe.judge_size) for part in (train, test))
+    protocol = PROTOCOLS[recipe.protocol]
+    train, test = (datasets.for_judges(part, recipe) for part in (data.train, data.test))
     data = data._replace(recipe=recipe, train=train.to(device), test=test)
     bf16 = protocol.bf16 and cli.gains_from_bf16(device) if args.bf16 is None else args.bf16
     home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(

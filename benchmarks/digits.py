@@ -12,7 +12,6 @@ import itertools
 import json
 import pathlib
 import shutil
-import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 
-import convnet
 import digits_figures as figures
 import digits_rows
 import report
@@ -39,41 +37,9 @@ STEPS = (5, 10, 15, 20, 25, 30, 50)
 SOLVERS = {"DDIM, quadratic grid": "ddim", "DPM-Solver++(2M), log-SNR grid": "dpm++2m",
            "DPM-Solver-fast, log-SNR grid": "dpm-fast"}
 CALLS = (5, 10, 15, 20, 50)
-ABLATION = {                   # row -> the flags of minimax.py; None is the base model itself
-    "base DiT": None,
-    "+ DiffFit alone": "--lambda-r 0 --lambda-d 0",
-    "+ L_r": "--lambda-d 0",
-    "+ L_d": "--lambda-r 0",
-    "+ L_r + L_d, FIFO (the default)": "",
-    "+ L_r + L_d, adaptive": "--memory adaptive",
-    "+ L_r + L_d, naive": "--naive",
-}
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Rows: each is made by commands that a reader can type, and carries them
-
-
-def generated_row(flags, ipc, data, bf16):
-    """A set for each seed, a judge for each set. flags: minimax.py's, or None for the base model."""
-    out = "out/bench/" + ("base" if flags is None else "tuned" + flags.replace(" ", ""))
-    checkpoint = "out/digits/base.safetensors" if flags is None else f"{out}/minimax.safetensors"
-    tune = "" if flags is None else " ".join(f"python minimax.py {flags} --out {out}".split())
-    draw = (f"python sample.py --checkpoint {checkpoint} --guidance 2 --ipc {ipc} --seed S "
-            f"--out {out}/ipc{ipc}-S")
-    judge = f"python train_eval.py {out}/ipc{ipc}-S/distilled --runs 1 --seed S"
-    if tune:
-        type_in(tune)
-    rows, drawn = [], 0.0
-    for seed in range(RUNS):
-        place = f"{out}/ipc{ipc}-{seed}"
-        type_in(draw.replace("S", str(seed)))
-        drawn += json.loads(pathlib.Path(place, "distilled.json").read_text())["seconds"]
-        rows.append(evaluate(f"{place}/distilled", data, ipc=ipc, runs=1, seed=seed, bf16=bf16))
-    return {**rows[0], "train": "distilled", "runs": RUNS,
-            **summary("accuracy", [row["mean"] for row in rows]),
-            "best": round(statistics.mean(row["best"] for row in rows), 4), "drawn": round(drawn / RUNS, 2),
-            "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "command": "; ".join(filter(None, [tune, draw, judge]))}
 
 
 def budget_row(steps, seconds, data, bf16):
@@ -101,14 +67,12 @@ def solver_row(sampler, steps, data, bf16):
     out = f"out/bench/{sampler}{steps}".replace("+", "p")         # train_eval.py would read a sum
     draw = (f"python sample.py --checkpoint out/bench/tuned/minimax.safetensors --guidance 2 "
             f"--sampler {sampler} --steps {steps} --seed S --out {out}-S")
-    sets = []
-    for seed in range(RUNS):
-        if sampler is None:
-            g = torch.Generator().manual_seed(1000 * seed + 500)
-            sets.append(baselines.SELECTORS["random"](data.train, 10, data.train.labels, g))
-        else:
+    if sampler is None:
+        sets = digits_rows.random_sets(data, RUNS)
+    else:
+        for seed in range(RUNS):
             type_in(draw.replace("S", str(seed)))
-            sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
+        sets = [baselines.read_distilled(f"{out}-{seed}/distilled", data) for seed in range(RUNS)]
     firsts = [baselines.first_per_class(found, 1) for found in sets]
     epochs = count_epochs(data.recipe, len(sets[0].labels), len(data.train.classes))    # and of the firsts
     judges = train_judges(sets + firsts, data.test, data.recipe, epochs,
@@ -118,19 +82,16 @@ def solver_row(sampler, steps, data, bf16):
     real = judge_of_all.embed(data.test.images)                                    # (540, F)
     near = [round(metrics.nearest(real, judge_of_all.embed(found.images)), 4) for found in sets]
     judge = f"python train_eval.py {'random' if sampler is None else out + '-S/distilled'} --runs 1 --seed S"
-    return {"data": data.name, "cut": data.cut, "train": "random" if sampler is None else "distilled",
-            "ipc": 10, "images": len(sets[0].labels), "protocol": data.recipe.protocol,
-            "judge": convnet.title(data.recipe.net), "size": data.recipe.judge_size, "epochs": epochs,
-            "runs": RUNS, **summary("accuracy", last[:RUNS]), **summary("one", last[RUNS:]),
-            **summary("coverage", near), "steps": steps, "device": "cpu bf16" if bf16 else "cpu",
+    return {**digits_rows.described(data, len(sets[0].labels), bf16),
+            "train": "random" if sampler is None else "distilled", "epochs": epochs, "runs": RUNS,
+            **summary("accuracy", last[:RUNS]), **summary("one", last[RUNS:]), **summary("coverage", near),
+            "steps": steps,
             "command": "; ".join([draw] * (sampler is not None) + [f"{judge} --ipc 10", f"{judge} --ipc 1"])}
 
 
 def measure(data, bf16):
     """All rows that results/digits.jsonl does not have yet, one after the other."""
     jobs = digits_rows.jobs(data, datasets.load(validation=True), bf16)
-    for name, flags in ABLATION.items():
-        jobs["ablation", name, 10] = lambda flags=flags: generated_row(flags, 10, data, bf16)
     for steps in STEPS:
         jobs["steps", str(steps), None] = lambda steps=steps: budget_row(steps, BUDGET, data, bf16)
     jobs["solvers", "real, at random", 0] = lambda: solver_row(None, 0, data, bf16)
@@ -188,15 +149,15 @@ def front(rows):
 
 def measured(row, *names):
     """Cells of a row's metrics."""
-    found = [row["metrics"][name] for name in names] if "metrics" in row else [None] * len(names)
-    return " | ".join("–" if value is None else f"{value:.2f}" for value in found)
+    values = [row["metrics"][name] for name in names] if "metrics" in row else [None] * len(names)
+    return " | ".join("–" if value is None else f"{value:.2f}" for value in values)
 
 
 def diversity_tables(of):
     """The tables whose rows digits_rows.py makes. of: {name of the table: its rows}."""
     code = lambda row: f"`{row['command']}`"
     settings = "| precision | recall | coverage | variance | accuracy at 10 a class, % (n) |"
-    numbers = lambda row: (f"{measured(row, 'precision', 'recall', 'coverage', 'variance')} | {spread(row)}")
+    numbers = lambda row: f"{measured(row, 'precision', 'recall', 'coverage', 'variance')} | {spread(row)}"
     return {
         "map": table(f"| setting {settings} at 200 a class, % (n) | seconds to draw | command |", [
             f"| {row['row']} | {numbers(row)} | {spread(row, 'two_hundred_')} | {row['drawn']:.1f} | "

@@ -68,6 +68,17 @@ EQUAL = {
         "--steps 10 --grid uniform --guidance 1 --mode-weight 0.2 --modes 10 --oversample 2",
 }
 EQUAL = {name: f"{flags} --batch 20 --seconds {SECONDS}" for name, flags in EQUAL.items()}
+# row -> flags of minimax.py; all are drawn by the flags ABLATED of sample.py
+ABLATED = "--guidance 2 --ipc 10"
+ABLATION = {
+    "base DiT": None,
+    "+ DiffFit alone": "--lambda-r 0 --lambda-d 0",
+    "+ L_r": "--lambda-d 0",
+    "+ L_d": "--lambda-r 0",
+    "+ L_r + L_d, FIFO (the default)": "",
+    "+ L_r + L_d, adaptive": "--memory adaptive",
+    "+ L_r + L_d, naive": "--naive",
+}
 # Gu et al.'s Figure 6: {what changes: {value: flags of minimax.py}}. All start from the flags START and are
 # drawn by the flags CURVE of sample.py.
 START = "--lambda-r 0.002 --lambda-d 0.02"
@@ -123,15 +134,15 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
     type_in(draw)
     whole, K = baselines.read_distilled(f"{out}/distilled.npz", data), len(data.train.classes)
     tens = [whole.pick(torch.arange(10 * K) + 10 * K * run) for run in range(RUNS)]     # rounds of K images
-    found = {}
+    accuracies = {}
     for name, sets in (("accuracy", tens), ("two_hundred", [whole] * RUNS))[:1 + (ipc == 200)]:
         epochs = count_epochs(data.recipe, len(sets[0].labels), K)
-        judged = train_judges(sets, data.test, data.recipe, epochs, [1000 * run for run in range(RUNS)],
+        judges = train_judges(sets, data.test, data.recipe, epochs, [1000 * run for run in range(RUNS)],
                               num_evals=1, bf16=bf16)
-        found |= {"epochs": epochs} if name == "accuracy" else {}
-        found |= summary(name, [round(curve[-1], 4) for _, curve in judged])
+        accuracies |= {"epochs": epochs} if name == "accuracy" else {}
+        accuracies |= summary(name, [round(curve[-1], 4) for _, curve in judges])
     drawn = json.loads(pathlib.Path(out, "distilled.json").read_text())["seconds"]
-    return {**described(data, 10 * K, bf16), "runs": RUNS, **found, "drawn": round(drawn, 2),
+    return {**described(data, 10 * K, bf16), "runs": RUNS, **accuracies, "drawn": round(drawn, 2),
             "metrics": compare([whole.pick(torch.arange(50 * K))]),
             "command": "; ".join(filter(None, [tuning, draw]))}
 
@@ -140,11 +151,24 @@ def map_row(tune, flags, data, bf16, compare, ipc=200):
 # 2. Pairs, and equal seconds, on the test digits
 
 
-def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
-    """A set, and a judge of it, for each of `runs` seeds, so that two rows are paired.
+def judged(sets, data, bf16, compare):
+    """The part of a row that one judge of each of the sets makes; that of the k-th has the seed 1000 k.
 
-    Under a budget the sets differ in size: the row has size and epochs of the smallest, and all accuracies.
+    The sets may differ in size: the row has size and epochs of the smallest, and all accuracies.
     """
+    sizes, accuracies = sorted({len(part.labels) for part in sets}), {}
+    epochs = {size: count_epochs(data.recipe, size, len(data.train.classes)) for size in sizes}
+    for size in sizes:
+        seeds = [seed for seed, part in enumerate(sets) if len(part.labels) == size]
+        judges = train_judges([sets[seed] for seed in seeds], data.test, data.recipe, epochs[size],
+                              [1000 * seed for seed in seeds], num_evals=1, bf16=bf16)
+        accuracies |= {seed: round(curve[-1], 4) for seed, (_, curve) in zip(seeds, judges, strict=True)}
+    return {**described(data, sizes[0], bf16), "runs": len(sets), "epochs": epochs[sizes[0]],
+            **summary("accuracy", [accuracies[seed] for seed in range(len(sets))]), "metrics": compare(sets)}
+
+
+def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
+    """A set, and a judge of it, for each of `runs` seeds, so that two rows are paired."""
     checkpoint, tuning = tuned(tune, validation=False)
     out = folder(checkpoint, flags)
     draw = f"python sample.py --checkpoint {checkpoint} {flags} --seed S --out {out}-S"
@@ -153,17 +177,7 @@ def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
         type_in(draw.replace("S", str(seed)))
         sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
         drawn.append(json.loads(pathlib.Path(f"{out}-{seed}", "distilled.json").read_text())["seconds"])
-    sizes, accuracies = sorted({len(part.labels) for part in sets}), {}
-    for size in sizes:
-        seeds = [seed for seed, part in enumerate(sets) if len(part.labels) == size]
-        epochs = count_epochs(data.recipe, size, len(data.train.classes))
-        judged = train_judges([sets[seed] for seed in seeds], data.test, data.recipe, epochs,
-                              [1000 * seed for seed in seeds], num_evals=1, bf16=bf16)
-        accuracies |= {seed: round(curve[-1], 4) for seed, (_, curve) in zip(seeds, judged, strict=True)}
-    return {**described(data, sizes[0], bf16), "runs": runs,
-            "epochs": count_epochs(data.recipe, sizes[0], len(data.train.classes)),
-            **summary("accuracy", [accuracies[seed] for seed in range(runs)]),
-            "drawn": round(statistics.mean(drawn), 2), "metrics": compare(sets),
+    return {**judged(sets, data, bf16, compare), "drawn": round(statistics.mean(drawn), 2),
             "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
                                                              "--metrics --runs 1 --seed S"]))}
 
@@ -175,14 +189,15 @@ def real_row(source, ipc, pool, bf16, compare):
             "command": command}
 
 
+def random_sets(data, runs):
+    """Ten random real images a class for each seed, as train_eval.py --runs 1 --seed S chooses them."""
+    rngs = [torch.Generator().manual_seed(1000 * seed + 500) for seed in range(runs)]
+    return [baselines.SELECTORS["random"](data.train, 10, data.train.labels, rng) for rng in rngs]
+
+
 def random_row(data, bf16, compare):
     """Random real images, ten a class; paired with sets_row, as the judge of seed S has the same numbers."""
-    rows = [evaluate("random", data, ipc=10, runs=1, seed=seed, bf16=bf16, compare=compare)
-            for seed in range(PAIRS)]
-    means = {name: statistics.mean(row["metrics"][name] for row in rows) for name in rows[0]["metrics"]
-             if name != "features"}
-    return {**rows[0], "runs": PAIRS, **summary("accuracy", [row["mean"] for row in rows]),
-            "metrics": {"features": "judge", **means},
+    return {**judged(random_sets(data, PAIRS), data, bf16, compare), "train": "random",
             "command": "python train_eval.py random --ipc 10 --metrics --runs 1 --seed S"}
 
 
@@ -239,4 +254,5 @@ def jobs(test, validation, bf16):
     rows["pairs", "real, at random", 10] = lambda: random_row(test, bf16, on_test())
     rows |= {("seconds", name, SECONDS): judged_here(None, flags, RUNS) for name, flags in EQUAL.items()}
     rows["expansion", "and 100 distilled a class", None] = lambda: expanded_row(test, bf16, on_test())
+    rows |= {("ablation", name, 10): judged_here(flags, ABLATED, RUNS) for name, flags in ABLATION.items()}
     return rows

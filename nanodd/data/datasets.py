@@ -90,6 +90,14 @@ def load(data="digits", root=None, recipe=None, validation=False, skip_broken=Fa
     return Data(name, recipe, train, test, cut, skip_broken)
 
 
+def for_judges(part, recipe):
+    """A part of a data set, an ImageSet or ImageFiles, at the size at which judges read it.
+
+    That is the size of `part`, but the judge's own where the generator draws latents of larger pictures.
+    """
+    return part._replace(size=recipe.judge_size) if recipe.latents else part
+
+
 def describe(data):
     """Prints how many images were read, their size, how many there are of a class, and the recipe."""
     classes = data.train.classes

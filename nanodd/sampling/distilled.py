@@ -222,10 +222,10 @@ class Place:
     def holds(self, ipc, budget):
         """Whether the set is finished, with at least `ipc` images a class or under at least this budget."""
         enough = self.record["ipc"] >= ipc or self.record["budget"] >= budget
-        complete = processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
-        if enough and complete:
+        holds = enough and processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
+        if holds:
             processes.on_first_process(self.store.remove_parts)  # a stopped run may have left them
-        return enough and complete
+        return holds
 
     def save(self, record):
         """Writes the record to distilled.json, on the first process."""

@@ -50,8 +50,8 @@ def modes_of(data, run, count):
     def make():
         centres = [class_modes(examples, c, count, run.seed) for c in range(len(data.train.classes))]
         return {"modes": torch.stack(centres)}
-    processes.on_first_process(lambda: files.cached(path, settings, make))
-    return files.load_tensors(path)["modes"].to(run.device)
+    cached = processes.on_first_process(lambda: files.cached(path, settings, make))
+    return cached["modes"].to(run.device)
 
 
 def class_modes(examples, c, count, seed):

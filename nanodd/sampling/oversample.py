@@ -42,9 +42,7 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
     the data set's training images, and trains a judge of them or loads it from out/NAME.
     """
     data = datasets.load(args.data, args.root, recipe, args.validation, args.skip_broken)
-    if data.recipe.latents:                                     # pictures are read at the judge's size
-        data = data._replace(train=data.train._replace(size=data.recipe.judge_size))
-    train, kept = data.train.read().to(run.device), []
+    train, kept = datasets.for_judges(data.train, data.recipe).read().to(run.device), []
     judge = real_judge(train, data.recipe, pathlib.Path("out", data.name))
     real = judge.embed(train.images)                                        # (N, F)
     for name, part in zip(classes, images, strict=True):
@@ -62,13 +60,13 @@ def keep_best(args, run, recipe, pool, place, real_judge):
     the first process alone. A budget does not include the time of this function. distilled.json has the
     positions in the pool as "kept". Raises UserError where less than one image of a class is kept.
     """
-    drawn = pool.record["ipc"]                                 # images a class
+    drawn = pool.record["ipc"]                                  # images a class
     ipc = drawn // args.oversample
     if ipc < 1:
         raise UserError(f"the budget holds {drawn} images a class, of which --oversample {args.oversample} "
                         "keeps none: raise --seconds, or lower --oversample")
     items = [(c, index) for c in range(len(pool.classes)) for index in range(drawn)]
-    images = pool.store.images(items).split(drawn)          # (drawn, C, H, W) of each class
+    images = pool.store.images(items).split(drawn)              # (drawn, C, H, W) of each class
     if "kept" not in place.record:                              # else a stopped run has chosen already
         place.record["kept"] = processes.on_first_process(
             lambda: choose(args, run, recipe, pool.classes, images, ipc, real_judge))

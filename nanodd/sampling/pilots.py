@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from nanodd import cli, files, processes
-from nanodd.data import datasets, imageset
+from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines
 from nanodd.sampling import distilled
@@ -52,9 +52,7 @@ def judge_of_pilots(args, recipe, device, train_judges, count_epochs):
     data = datasets.load(args.data, args.root, recipe, validation=True, skip_broken=args.skip_broken)
     test = datasets.split(data.train, .2)[1] if args.validation else data.test
     recipe = replace(data.recipe, protocol="short", views=min(data.recipe.views, PILOT_VIEWS))
-    if isinstance(test, imageset.ImageFiles):
-        test = test._replace(size=recipe.judge_size)
-    data = data._replace(recipe=recipe, test=test.read().to(device))
+    data = data._replace(recipe=recipe, test=datasets.for_judges(test, recipe).read().to(device))
     seeds, bf16 = [1000 * args.seed + run for run in range(PILOT_JUDGES)], cli.gains_from_bf16(device)
 
     def judge(folder):
