@@ -5,20 +5,21 @@
     DDPM: nanodd/networks/ddpm.py             DPM-Solver and DPM-Solver++(2M): nanodd/sampling/solvers.py
 
     python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
-    python sample.py --steps 10 --seconds 10     # as many as ten seconds allow
-    python sample.py --steps auto --seconds 10   # in as many steps as are best for that
+    python sample.py --steps 10 --seconds 10     # as many as ten seconds allow; or --steps auto
     python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
+    python sample.py --checkpoint out/digits/turbo.safetensors           # one call an image, with turbo.py
+    python sample.py --data cifar100 --checkpoint sdxl-turbo --minutes 10        # the same with SDXL-Turbo
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Fewer steps draw more images in a budget (diffusion step reduction, Fan et al. 2025). A block of --batch
 images, after the first, starts only if the longest block so far would still fit (the first, which warms up,
 counts only until there are two); a run is late by no more than its last block's excess over that longest one.
-Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
-checkpoint, the flags of sampler, guidance, modes and autoencoder, the seed, the class and the index fix an
-image: to the byte on one device with one --batch (so that a resumed run writes the same files), otherwise, in
-float32, to one grey level. --ipc 5 is half of --ipc 10, save with --oversample, or --modes without a number.
-Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho & Salimans 2022 and Kynkaanniemi et al. 2024
-(guidance), Lu et al. 2022, 2023 (DPM-Solver), Lin et al. 2024 (trailing), Chan-Santiago et al. 2025 (modes).
+Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. All
+flags but those of size and time, the class and the index fix an image: to the byte on one device (so that a
+resumed run writes the same files), else to one grey level. --ipc 5 is half of --ipc 10, save with
+--oversample, or --modes without a number. Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho &
+Salimans 2022, Kynkaanniemi et al. 2024 (guidance), Lu et al. 2022, 2023 (DPM-Solver), Lin et al. 2024
+(trailing), Sauer et al. 2023 (one step), Chan-Santiago et al. 2025 (modes).
 """
 import functools
 import hashlib
@@ -44,26 +45,25 @@ from train_eval import count_epochs, real_judge, train_judges
 GRIDS = ("uniform", "quadratic", "trailing", "stride", "logsnr")
 
 
-def timesteps(count, grid="uniform", schedule=None, calls=None):
+def timesteps(count, grid="uniform", schedule=None, calls=None, start=Schedule.T - 1):
     """`count` distinct times, falling from T - 1 = 999, where x_t is noise. A count of one gives T - 1.
 
-    uniform: equal steps down to the schedule's end, which is 0 for DiT (DiT's respacing "S"). quadratic:
-    equal steps in sqrt(t), denser near the image. trailing: equal steps that stop one step short of 0 (Lin et
-    al. 2024). stride (starts below T - 1) and logsnr: nanodd/sampling/solvers.py, section 2.
-    schedule: DiT's by default, on which all grids but logsnr take integers, the times of its training; or
-    U-ViT's, which is continuous. calls: network calls of the sampler (default: count), since the end of
-    U-ViT's schedule depends on them.
+    uniform: equal steps down to the schedule's end, 0 for DiT (DiT's respacing "S"). quadratic: equal steps
+    in sqrt(t), denser near the image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
+    stride (starts below T - 1) and logsnr: nanodd/sampling/solvers.py, section 2. schedule: DiT's by default,
+    on which all grids but logsnr take integers, the times of its training; or U-ViT's, which is continuous
+    and whose end depends on the sampler's network calls (default: count). start: trailing begins there.
     Raises UserError where count is outside 1..T, or as solvers.stride.
     """
     schedule, T = schedule or Schedule(), Schedule.T
-    end, discrete = schedule.end(calls or count), schedule.name == "linear"
+    end, discrete = schedule.end(calls or count), schedule.name.endswith("linear")
     near = round if discrete else float                         # DiT was trained on integer t only
     if not 1 <= count <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {count}")
     if grid == "stride":
         return solvers.stride(count, schedule)
     if count == 1:
-        return [T - 1]
+        return [start]
     if grid == "logsnr":
         return solvers.logsnr(count, schedule, end)
     if grid == "uniform":
@@ -74,7 +74,7 @@ def timesteps(count, grid="uniform", schedule=None, calls=None):
         for k in range(1, count if discrete else 0):            # two that round to the same t: one t apart
             times[k] = max(times[k], times[k - 1] + 1)
     else:                                                       # trailing
-        times = [max(end, near((k + 1) * T / count) - 1) for k in range(count)]
+        times = [max(end, near((k + 1) * (start + 1) / count) - 1) for k in range(count)]
     return times[::-1]
 
 
@@ -114,6 +114,7 @@ SAMPLERS = {                   # --sampler: the loop, and its own grid
     "ddpm": (ddpm.ddpm, "quadratic"),
     **{name: (solvers.singlestep, "logsnr") for name in ("dpm1", "dpm2", "dpm3", "dpm-fast")},
     "dpm++2m": (solvers.dpm_pp_2m, "logsnr"),
+    "turbo": (solvers.turbo, "trailing"),                       # of models that were distilled to few steps
 }
 
 
@@ -130,7 +131,7 @@ class Sampler(NamedTuple):
         return self.loop(self, predict, noise)
 
 
-def sampler_of(name, steps, grid=None, schedule=None, eta=0.0):
+def sampler_of(name, steps, grid=None, schedule=None, eta=0.0, start=Schedule.T - 1):
     """The Sampler `name` of SAMPLERS with `steps` network calls.
 
     grid: None for the sampler's own. schedule: None for DiT's. UserError: as timesteps, solvers.orders.
@@ -138,7 +139,7 @@ def sampler_of(name, steps, grid=None, schedule=None, eta=0.0):
     (loop, own_grid), schedule = SAMPLERS[name], schedule or Schedule()
     grid = grid or own_grid
     if loop is not solvers.singlestep:                          # one call at every time of the grid
-        return Sampler(loop, schedule, timesteps(steps, grid, schedule), eta)
+        return Sampler(loop, schedule, timesteps(steps, grid, schedule, start=start), eta)
     orders = solvers.orders(name, steps, grid)                  # a step of order 3 makes 3 network calls
     return Sampler(loop, schedule, timesteps(len(orders) + 1, grid, schedule, steps), eta, orders)
 
@@ -247,15 +248,18 @@ def main(argv=None):
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="FILE",
                         help="what to sample from, a file or a folder of phases (default: what minimax.py "
                              "wrote to --out or out/NAME; else what came with the code, in weights/NAME)")
-    parser.add_argument("--steps", type=checks.number_or_auto, default=10, metavar="N|auto",
-                        help="network calls; auto: the best count for the budget (default: %(default)s)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim",
+    parser.add_argument("--steps", type=checks.number_or_auto, metavar="N|auto", help="network calls; auto: "
+                        "the best count for the budget (default: 10; of one-step models 1)")
+    parser.add_argument("--sampler", choices=SAMPLERS,
                         help="dpm1 to dpm3: DPM-Solver of that order; dpm-fast: U-ViT's, at 50 steps; "
-                             "dpm++2m: DPM-Solver++ (default: %(default)s)")
-    parser.add_argument("--grid", choices=GRIDS,
-                        help="where in t the steps lie (default: quadratic; of DPM-Solvers logsnr)")
+                             "dpm++2m: DPM-Solver++ (default: ddim)")
+    parser.add_argument("--grid", choices=GRIDS, help="where in t the steps lie (default: the sampler's own)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="share of DDPM's noise that DDIM adds, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="what SDXL-Turbo draws; {} is the class's name "
+                        "(default: {})")
+    parser.add_argument("--weights", type=pathlib.Path, metavar="DIR",
+                        help="SDXL-Turbo's files, in the hub's folders (default: fetched once, 6.9 GB)")
     parser.add_argument("--guidance", type=float, help="1: none; more: less varied (default: the model's)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         default=(0, Schedule.T - 1),
@@ -271,9 +275,8 @@ def main(argv=None):
                         help="draw K times as many images, all within --seconds, and keep the best")
     parser.add_argument("--keep", choices=oversample.RULES, help="how --oversample chooses the best: see "
                         "nanodd/sampling/oversample.py (default: herding)")
-    parser.add_argument("--seconds", type=float,
-                        help="in place of --ipc: as many of every class as this allows; after the first, a "
-                             "block starts only if the longest block so far would still fit (see above)")
+    parser.add_argument("--seconds", type=float, help="in place of --ipc: as many of every class as fit; "
+                        "a block starts only if the longest block so far would still fit (see above)")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--batch", type=int, default=100,
                         help="images drawn at once, by each process (default: %(default)s)")
@@ -289,16 +292,19 @@ def draw_set(args, run):
     name = datasets.data_name(args.data, args.root, args.validation)
     out = args.out or pathlib.Path("out", name)
     trained = loading.for_sampling(args, run, name, out)
-    header, guide, grid = trained.header, trained.guide, args.grid or SAMPLERS[args.sampler][1]
-    place = pool = distilled.Place(out, header["classes"], args.npz)    # drawn into pool, kept in place
+    header, guide = trained.header, trained.guide
+    checks.fill_sampler(args, header)                           # what a model of one step has of its own
+    grid = args.grid or SAMPLERS[args.sampler][1]
+    place = distilled.Place(out, header["classes"], args.npz)
     mode_arguments, mode_settings = modes.of_flags(args, run, header, ipc)
     settings = {"weights": header["weights"], "sampler": args.sampler, "steps": args.steps, "grid": grid,
                 "eta": args.eta, "guidance": guide["guidance"],
                 "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"],
                 "bf16": trained.bf16, "autoencoder": trained.autoencoder, "seed": args.seed,
-                "batch": args.batch, "npz": args.npz, **mode_settings}
+                "batch": args.batch, "npz": args.npz, **mode_settings, **header.get("prompted", {})}
+
     def sampler_in(steps):
-        return sampler_of(args.sampler, steps, grid, trained.schedule, args.eta)
+        return sampler_of(args.sampler, steps, grid, trained.schedule, args.eta, header.get("start", 999))
 
     def draw_in(steps):                                         # draw, which still takes items
         return functools.partial(draw, trained, args.seed, sampler_in(steps), **mode_arguments)
@@ -309,15 +315,10 @@ def draw_set(args, run):
     sampler = sampler_in(settings["steps"])                     # raises UserError before files are changed
     fresh = {"settings": settings, "data": name, "classes": header["classes"], "ipc": 0, "budget": 0.0,
              "seconds": 0.0, "command": run.command}
-    if args.oversample > 1:                 # the pool is larger, and the best of it are kept
-        pool = distilled.Place(out / "pool", header["classes"], args.npz)
-        size = [str(ipc * args.oversample), str(budget)]
-        pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)
-        fresh["settings"] = {**settings, "oversample": [args.oversample, args.keep, str(ipc), str(budget)]}
-    place.open(fresh, args.overwrite)
-    print(f"{trained.source} | {name} | device {run.device}{' bf16' * trained.bf16} x {processes.world()} | "
-          f"{sum(p.numel() for p in trained.network.parameters()) / 1e6:.2f}M parameters | {args.sampler}, "
-          f"{settings['steps']} steps, {grid} grid | guidance {guide['guidance']:g} | seed {args.seed}")
+    pool = oversample.open_pool(args, place, fresh, ipc, budget) if args.oversample > 1 else place
+    place.open(fresh, args.overwrite)       # the best of the pool are kept in place
+    print(f"{loading.title(trained, name, run)} | {args.sampler}, {settings['steps']} steps, {grid} grid | "
+          f"guidance {guide['guidance']:g} | seed {args.seed}")
     evaluate = f"python train_eval.py{cli.data_flags(args, '--out')}"
     if place.holds(ipc, budget):
         saved = place.record["ipc"]

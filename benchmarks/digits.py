@@ -22,6 +22,7 @@ import torch
 
 import digits_figures as figures
 import digits_rows
+import digits_turbo
 import report
 from nanodd import cli
 from nanodd.data import datasets
@@ -31,7 +32,8 @@ from report import machine, spread, summary, table, type_in, write_pages
 from train_eval import count_epochs, evaluate, real_judge, train_judges
 
 RESULTS = ROOT / "results" / "digits.jsonl"
-TABLES = "main", "map", "curves", "pairs", "seconds", "expansion", "ablation", "steps", "solvers", "auto"
+TABLES = "main", "map", "curves", "pairs", "seconds", "expansion", "ablation", "steps", "solvers", "auto", \
+    "turbo", "turbo-seconds"
 RUNS, BUDGET, SHORT_BUDGET = 5, 10, 2                           # seconds
 STEPS = (5, 10, 15, 20, 25, 30, 50)
 SOLVERS = {"DDIM, quadratic grid": "ddim", "DPM-Solver++(2M), log-SNR grid": "dpm++2m",
@@ -99,6 +101,7 @@ def measure(data, bf16):
         jobs["solvers", name, steps] = lambda s=sampler, steps=steps: solver_row(s, steps, data, bf16)
     for steps in ("auto", *STEPS):
         jobs["auto", str(steps), None] = lambda steps=steps: budget_row(steps, SHORT_BUDGET, data, bf16)
+    jobs |= digits_turbo.jobs(data, bf16, digits_rows.compared(digits_rows.pool_of(data)))
     missing = report.missing(jobs, RESULTS)
     if not missing:
         print(f"results/{RESULTS.name} has all {len(jobs)} rows: delete it to measure anew")
@@ -206,7 +209,23 @@ def tables(rows):
         "auto": table("| steps | images a class | accuracy, % (n) | pilot's accuracy, % | command |", [
             f"| {'auto: ' * (row['row'] == 'auto')}{row['steps']} | {row['ipc']} | {spread(row)} | "
             f"{pilot(of['auto'], row)} | `{row['command'].split('; ')[0]}` |" for row in of["auto"]]),
+        **one_step_tables(of),
     }
+
+
+def one_step_tables(of):
+    """The tables whose rows digits_turbo.py makes. of: {name of the table: its rows}."""
+    code = lambda row: f"`{row['command']}`"
+    parts = {
+        "turbo": table("| drawn with | images a class | accuracy, % (n) | precision | recall | seconds for "
+                       "1,000 images | command |", [
+            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
+            f"{row['per_thousand'] or '–'} | {code(row)} |" for row in of["turbo"]]),
+        "turbo-seconds": table("| drawn with | seconds | images a class | accuracy, % (n) | command |", [
+            f"| {row['row']} | {row['asked']:g} | {row['ipc']} | {spread(row)} | {code(row)} |"
+            for row in of["turbo-seconds"]]),
+    }
+    return {name: part for name, part in parts.items() if of[name]}
 
 
 def main(argv=None):

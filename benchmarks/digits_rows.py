@@ -215,17 +215,22 @@ def expanded_row(data, bf16, compare):
 # 3. All of them
 
 
+def pool_of(data):
+    """The baselines.Pool of `data`, whose judge of all real digits is kept in out/NAME."""
+    return baselines.Pool(data, data.test.images.device,
+                          functools.partial(real_judge, folder=pathlib.Path("out", data.name)))
+
+
+def compared(pool):
+    """() -> features.comparison with the images that judges are tested on, made where it is needed first."""
+    return functools.cache(lambda: features.comparison("judge", pool.real_judge, pool.data.test))
+
+
 def jobs(test, validation, bf16):
     """{(table, row, asked): function that makes the row}. test: Data, judged on the test digits.
 
     validation: Data of --validation. A judge of all real digits is trained where the first row needs it.
     """
-    def pool_of(data):
-        judge = functools.partial(real_judge, folder=pathlib.Path("out", data.name))
-        return baselines.Pool(data, data.test.images.device, judge)
-
-    def compared(pool):                                         # compare, once it is needed
-        return functools.cache(lambda: features.comparison("judge", pool.real_judge, pool.data.test))
     pool = pool_of(test)
     on_test, on_validation = compared(pool), compared(pool_of(validation))
 

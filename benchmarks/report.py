@@ -18,13 +18,14 @@ import torch
 
 import minimax
 import sample
+import turbo
 from nanodd import files
 from nanodd.judging import results
 
 matplotlib.use("Agg")                                           # no screen is needed
 from matplotlib import pyplot
 
-MAINS = {"minimax.py": minimax.main, "sample.py": sample.main}
+MAINS = {"minimax.py": minimax.main, "sample.py": sample.main, "turbo.py": turbo.main}
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Rows

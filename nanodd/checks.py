@@ -67,7 +67,28 @@ def tuning_plan(args, run, data, width):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. sample.py
+# 2. turbo.py
+
+
+def fill_turbo_flags(args, recipe, last):
+    """Fills in the recipe's numbers where no flag was given.
+
+    last: the largest t. Raises UserError for numbers out of range, and where no loss is left.
+    """
+    args.features = args.features or ("base" if recipe.latents else "judge")
+    at_least(1, steps=args.steps)
+    if not 0 <= args.weight < math.inf:
+        raise UserError(f"--lambda must be a number, 0 or more, not {args.weight}")
+    if not args.adversarial and args.weight == 0:
+        raise UserError("--no-adversarial and --lambda 0 leave no loss to train with")
+    if not 3 <= args.start <= last:
+        raise UserError(f"--start must be between 3 and {last}, not {args.start}")
+    if args.features == "judge" and recipe.latents:
+        raise UserError("--features judge: a judge looks at pictures, and this recipe draws latents")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. sample.py
 
 
 def number_or_auto(text):
@@ -115,7 +136,7 @@ def sampling_flags(args, last):
     surplus_flags(args, budget)
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta must be between 0 and 1, not {args.eta}")
-    if args.eta > 0 and args.sampler != "ddim":
+    if args.eta > 0 and args.sampler not in (None, "ddim"):
         raise UserError("--eta belongs to DDIM: DDPM has noise of its own, DPM-Solvers have none")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         raise UserError(f"--guidance must be a number, 0 or more, not {args.guidance}")
@@ -130,6 +151,26 @@ def sampling_flags(args, last):
     return math.inf, budget
 
 
+def fill_sampler(args, header):
+    """Fills in --sampler and --steps: 10 steps of DDIM, or what a model of one step has.
+
+    Such a model, a student of turbo.py or SDXL-Turbo, says in its header from which t it starts. Raises
+    UserError for flags that it cannot follow.
+    """
+    if "start" not in header:
+        args.sampler, args.steps = args.sampler or "ddim", 10 if args.steps is None else args.steps
+        return
+    flags = {"--sampler": args.sampler, "--grid": args.grid, "--eta": args.eta or None, "--modes": args.modes}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given:
+        raise UserError(f"{given[0]} has nothing to do here: a model that was distilled to one step has its "
+                        "own sampler and times")
+    args.steps = 1 if args.steps is None else args.steps
+    if args.steps not in range(1, 5):
+        raise UserError(f"a model that was distilled to one step takes --steps 1 to 4, not {args.steps}")
+    args.sampler, args.grid = "turbo", "trailing"
+
+
 def guidance_of(args, header, last):
     """The keyword arguments of sample.guided, from the flags and from the checkpoint's header.
 
@@ -138,8 +179,8 @@ def guidance_of(args, header, last):
     unguided, channels = header["rows"][-1] < 0, header["config"]["channels"]
     guidance = (1.0 if unguided else header["guidance"]) if args.guidance is None else args.guidance
     if unguided and guidance != 1:
-        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
-                        f"weights have none: --guidance {guidance:g} cannot be, only 1")
+        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT weights "
+                        f"and models of one step have none: --guidance {guidance:g} cannot be, only 1")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
         raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")
     if args.cfg_channels is not None and guidance == 1:
@@ -150,7 +191,7 @@ def guidance_of(args, header, last):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. train_eval.py
+# 4. train_eval.py
 
 
 def judging_recipe(args, recipe, classes, families):

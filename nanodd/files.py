@@ -17,6 +17,7 @@ from nanodd import processes
 from nanodd.errors import UserError
 
 SAVE_EVERY = 10                # seconds between two saved states of a run
+BLOCK = 2**20                  # bytes of a download that are in memory at once
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Atomic writes and downloads
@@ -56,26 +57,46 @@ def save_json(path, value):
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def download(url, path, advice):
+    """Downloads `url` to `path` by way of the file .part beside it; what that has already is not sent again.
+
+    advice: how else the user can get the file, for the message. Raises UserError where the download fails or
+    breaks off; what has arrived is kept for the next time.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the last byte is asked for once more, since a server refuses to send nothing of a complete .part
+        start = max(0, part.stat().st_size - 1) if part.is_file() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        with urllib.request.urlopen(request, timeout=60) as answer, \
+                open(part, "r+b" if part.is_file() else "wb") as file:
+            start = start if getattr(answer, "status", None) == 206 else 0  # 200: it does not know Range
+            length = answer.headers["Content-Length"]
+            total = start + int(length) if length else None
+            file.seek(start)
+            with tqdm(None, f"fetching {path.name}", total, initial=start, unit="B", unit_scale=1) as bar:
+                while block := answer.read(BLOCK):
+                    bar.update(file.write(block))
+            file.truncate()                                     # a .part may have been longer
+            if total not in (None, file.tell()):
+                raise OSError(f"the connection broke after {file.tell():,} of {total:,} bytes")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:       # no network, no such file, or half of it
+        if getattr(error, "code", None) == 416:                 # the .part is longer than the file
+            part.unlink()
+        raise UserError(f"cannot fetch {url} ({error}): the same command goes on where it stopped; or "
+                        f"{advice}") from error
+
+
 def fetch(url, name, flag):
     """The path of the file `name` in torch's hub cache, downloaded from `url` first where it is missing.
 
-    flag: what takes a file that was downloaded by hand, for the message. Raises UserError where the download
-    fails.
+    flag: what takes a file that was downloaded by hand, for the message. Raises UserError as download does.
     """
     path = pathlib.Path(torch.hub.get_dir(), "checkpoints", name)
-
-    def download():
-        try:
-            with atomic_write(path) as temporary, \
-                    tqdm(desc=f"fetching {name}", unit="B", unit_scale=1) as bar:
-                def advance(blocks, size, total):
-                    bar.total = total
-                    bar.update(blocks * size - bar.n)
-                urllib.request.urlretrieve(url, temporary, advance)
-        except (OSError, http.client.HTTPException) as error:   # no network, no such file, or half of it
-            raise UserError(f"cannot fetch {url} ({error}): download it elsewhere and point {flag} "
-                            "at the file") from error
-    processes.on_first_process(lambda: path.is_file() or download())
+    advice = f"download it elsewhere and point {flag} at the file"
+    processes.on_first_process(lambda: path.is_file() or download(url, path, advice))
     return path
 
 
@@ -113,10 +134,15 @@ def read_header(path):
         raise UserError(f"{path} is no checkpoint of nanoDD ({error})") from error
 
 
-def load_tensors(path):
-    """The {name: tensor} of a .safetensors file, on the CPU. Raises UserError where it is damaged."""
+def load_tensors(path, device="cpu", dtype=None):
+    """The {name: tensor} of a .safetensors file, on `device`, in `dtype` (None: as in the file).
+
+    Each is cast as soon as it is read, so that there is never a second copy of all in memory. Raises
+    UserError where the file is damaged.
+    """
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no .safetensors file ({error}); one that was fetched is "
                         "fetched again once it is deleted") from error

@@ -82,6 +82,13 @@ def all_reduce_mean(sums):
     return dict(zip(sums, values / world(), strict=True))
 
 
+def average_gradients(parameters):
+    """Replaces the gradient of each parameter by its mean over all processes."""
+    for parameter in parameters if world() > 1 else ():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world()
+
+
 def all_gather(x):
     """Joins x (B / processes, ...) of all processes in the order of their ranks: (B, ...), detached."""
     if world() == 1:

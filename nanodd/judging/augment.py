@@ -61,6 +61,12 @@ def standardise(x, recipe):
     return (x - mean) / std
 
 
+def unstandardise(x, recipe):
+    """The inverse of standardise: (B, C, H, W) -> in [0, 1]."""
+    mean, std = (constant(v, x.device).view(1, -1, 1, 1) for v in (recipe.mean, recipe.std))
+    return x * std + mean
+
+
 def normalise(images, recipe):
     """uint8 (N, C, H, W) -> float (N, C, judge_size, judge_size), (pixel / 255 - mean) / std."""
     return standardise(resized(images, recipe.judge_size).float() / 255, recipe)

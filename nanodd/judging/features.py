@@ -7,12 +7,13 @@ network (timm:NAME) is the same for all data sets.
 import hashlib
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanodd import files
+from nanodd import cli, files
 from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.judging import metrics
@@ -24,12 +25,12 @@ class RealJudge(NamedTuple):
     classify: Callable         # -> (N, K), logits
 
 
-def cached_judge(folder, train, recipe, bf16, make, build):
+def cached_judge(folder, train, recipe, bf16, make, build, name="real_judge"):
     """The network that make() trains on all of `train`, an ImageSet; its weights are kept in `folder`.
 
-    The file is named by a hash of the images, the recipe's settings of a judge, and the kind of device. make:
-    () -> a trained network. build: (net, size, channels, classes) -> an untrained one. folder: None keeps
-    nothing.
+    The file is `name` and a hash of the images, the recipe's settings of a judge, bf16 (or what else there is
+    to tell apart), and the kind of device. make: () -> a trained network. build: (net, size, channels,
+    classes) -> an untrained one. folder: None keeps nothing.
     """
     if folder is None:
         return make()
@@ -37,7 +38,7 @@ def cached_judge(folder, train, recipe, bf16, make, build):
     settings = (recipe.net, recipe.judge_size, recipe.protocol, recipe.augment, recipe.mean, recipe.std,
                recipe.epochs, recipe.views, bf16, device.type)
     key = hashlib.sha256(repr((imageset.fingerprint(train), settings)).encode()).hexdigest()[:16]
-    path = folder / f"real_judge-{key}.safetensors"
+    path = folder / f"{name}-{key}.safetensors"
     judge = build(recipe.net, recipe.judge_size, recipe.colours, len(train.classes))
 
     def weights():
@@ -45,6 +46,22 @@ def cached_judge(folder, train, recipe, bf16, make, build):
         return {name: x.cpu().contiguous() for name, x in make().state_dict().items()}
     files.load_strict(judge, files.cached(path, {"key": key}, weights), path, "judge")
     return judge.to(device)
+
+
+def second_judge(data, run, folder, train_judges, count_epochs, build):
+    """A frozen ConvNetD3 judge of all training images for turbo.py's discriminator, kept in `folder`.
+
+    Its seed is no other judge's: the network that a student learned to please must not measure it. data:
+    datasets.Data. run: cli.Run. train_judges, count_epochs: train_eval.py's; build: convnet.judge.
+    """
+    recipe, train = replace(data.recipe, net="convnet3", protocol="short"), data.train.to(run.device)
+
+    def make():
+        epochs, seed = count_epochs(recipe, len(train.labels), len(train.classes)), 1000 * run.seed + 500
+        return train_judges([train], train.pick(slice(1)), recipe, epochs, [seed], num_evals=1,
+                            bf16=cli.gains_from_bf16(run.device))[0][0]
+    judge = cached_judge(folder, train, recipe, run.seed, make, build, "second_judge")
+    return judge.eval().requires_grad_(False)
 
 
 def pretrained(name, device):

@@ -174,11 +174,12 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 4, H/8, W/8). Both halves without gradients.
 
-    They compute in the dtype of the weights, and return float32.
+    They compute in the dtype of the weights, and return float32. scale: SDXL's latents have another one.
     """
 
-    def __init__(self):
+    def __init__(self, scale=SCALE):
         super().__init__()
+        self.scale = scale
         self.encoder = Encoder()
         self.quant_conv = nn.Conv2d(2 * LATENT, 2 * LATENT, 1)
         self.post_quant_conv = nn.Conv2d(LATENT, LATENT, 1)
@@ -203,7 +204,7 @@ class Autoencoder(nn.Module):
 
         Decodes `chunk` pictures at a time: one of 256 pixels takes about 0.3 GB at full size, in float32.
         """
-        z = (z / SCALE).to(self.post_quant_conv.weight.dtype)
+        z = (z / self.scale).to(self.post_quant_conv.weight.dtype)
         return torch.cat([self.decoder(self.post_quant_conv(part)).float() for part in z.split(chunk)])
 
 
@@ -231,10 +232,11 @@ def renamed(tensors):
     return tensors_renamed
 
 
-def load_autoencoder(source, device="cpu", dtype=torch.float32):
+def load_autoencoder(source, device="cpu", dtype=torch.float32, scale=SCALE):
     """The autoencoder with its weights, in eval mode and without gradients.
 
-    source: "ema" or "mse", fetched once, or the path of a .safetensors file of the same layout.
+    source: "ema" or "mse", fetched once, or the path of a .safetensors file of the same layout. scale: one
+    over the standard deviation of its latents.
     Raises UserError where the file is absent or damaged, or a tensor is missing, unexpected
     or of another shape.
     """
@@ -244,9 +246,9 @@ def load_autoencoder(source, device="cpu", dtype=torch.float32):
         path = pathlib.Path(source)
         if not path.is_file():
             raise UserError(f"there is no file {path}; --vae takes ema, mse or a .safetensors file")
-    tensors = {name: tensor.to(device, dtype) for name, tensor in renamed(files.load_tensors(path)).items()}
+    tensors = renamed(files.load_tensors(path, device, dtype))
     with torch.device("meta"):                                  # shapes only: the numbers come from the file
-        autoencoder = Autoencoder()
+        autoencoder = Autoencoder(scale)
     files.load_strict(autoencoder, tensors, path, "autoencoder")
     return autoencoder.eval().requires_grad_(False)
 

@@ -1,4 +1,5 @@
 """Which network a stage starts from: a new one, or the one that a checkpoint holds."""
+import copy
 import functools
 import os
 import pathlib
@@ -54,6 +55,13 @@ def describe_phases(data, phases):
     for path, (first, last) in phases.items():
         print(f"would tune on the classes {first}-{last} and write {path}: "
               "the same command without --dry-run")
+
+
+def describe_student(data, path, args):
+    """--dry-run of turbo.py: prints what was read, and what would be trained."""
+    datasets.describe(data)
+    print(f"would train a student in {args.steps} steps of {data.recipe.batch} images, and write {path}: "
+          "the same command without --dry-run")
 
 
 def new_base(data, path, run, network=None, steps=None, weights=None):
@@ -148,7 +156,50 @@ def new_tuned(args, run, data, phase, base, path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. The network that a checkpoint holds
+# 3. A student for one step
+
+
+def new_student(args, run, data, base, path, lr):
+    """(Start, teacher) of distilling the model in the file `base`; None if `path` is finished.
+
+    Both are the same network at first; the student's weights are trained, the teacher's stay as they are.
+    args: the flags of turbo.py. lr: peak learning rate. Raises UserError as check_base, checkpoint.finished
+    and latents.prepared, and where the model was tuned on some of the classes only.
+    """
+    teacher, teacher_header = load_model(base, run.device)
+    config, device = teacher_header["config"], run.device
+    rows = check_base({key: value for key, value in teacher_header.items() if key != "base"}, base, data)
+    if teacher_header["phase"] != [0, len(data.train.classes) - 1] and teacher_header["data"] == data.name:
+        raise UserError(f"{base} was tuned on some of the classes: a student is of a model of all classes")
+    plan = training.Plan(steps=args.steps, batch=data.recipe.batch, lr=lr, decay=True, ema=data.recipe.ema,
+                         seed=run.seed, flip=data.recipe.flip, beta1=0.,
+                         bf16=run.in_bf16(checkpoint.width_of(config)))
+    settings = {**plan._asdict(), "data": imageset.fingerprint(data.train),
+                "teacher": teacher_header["weights"], "lambda": args.weight, "adversarial": args.adversarial,
+                "features": args.features if args.adversarial else None, "start": args.start,
+                "processes": processes.world(),
+                "encoder": latents.source_name(run.vae) if data.recipe.latents else None}
+    if checkpoint.finished(path, settings, run.overwrite):
+        return None
+    examples, student = latents.prepared(data, run), copy.deepcopy(teacher)
+    student.recompute = run.recompute
+    parameters = sum(p.numel() for p in student.parameters())
+    print(f"student of {base} | {data.name}, {data.cut} | device {device}{' bf16' * plan.bf16} x "
+          f"{processes.world()} | {parameters / 1e6:.2f}M parameters | {plan.steps} steps of {plan.batch} | "
+          f"lambda {args.weight:g} | features of the {args.features} | t* {args.start} | seed {run.seed}")
+    if run.compile:
+        student.compile()
+    schedule = checkpoint.schedule_of(teacher_header["schedule"], base, device)
+    header = {**checkpoint.new_header(data, config, settings, run.command, schedule),
+              "rows": [*rows[:-1], -1], "guidance": 1.0, "start": args.start}
+    rows = torch.tensor(header["rows"], device=device)
+    decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, device, plan.bf16)
+    teacher = teacher.to(torch.bfloat16 if plan.bf16 else torch.float32).requires_grad_(False)
+    return Start(training.Trainer(student, plan), examples, rows, schedule, header, decoder), teacher
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The network that a checkpoint holds
 
 
 def load_model(path, device="cpu"):

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from nanodd import checks, cli, files
-from nanodd.data import archives, imageset
+from nanodd import checks, cli, files, processes
+from nanodd.data import archives, datasets, imageset
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint, latents, models
+from nanodd.networks.sdxl import generator
 
 # ----------------------------------------------------------------------------------------------------
 # 1. All that drawing needs
@@ -34,8 +35,16 @@ class Trained(NamedTuple):
 def for_sampling(args, run, name, out):
     """The Trained network of the data set `name` that the flags choose.
 
-    out: the folder of results. Raises UserError as find_checkpoint, load_for_sampling and checks.guidance_of.
+    out: the folder of results. Raises UserError as find_checkpoint, load_for_sampling, checks.guidance_of and
+    generator.for_sampling.
     """
+    if args.checkpoint == pathlib.Path("sdxl-turbo") and not args.checkpoint.exists():
+        data = datasets.load(args.data, args.root, None, args.validation, args.skip_broken)  # for its classes
+        trained = Trained(**generator.for_sampling(args.weights, args.prompt or "{}", data, run))
+        checks.guidance_of(args, trained.header, trained.schedule.T - 1)    # raises where there is any
+        return trained
+    if args.prompt is not None or args.weights is not None:
+        raise UserError("--prompt and --weights belong to --checkpoint sdxl-turbo")
     folder = pathlib.Path("out", name)
     source = find_checkpoint(args.checkpoint, [out, folder], f"python minimax.py{cli.data_flags(args)}",
                              pathlib.Path("weights", name, "base.safetensors"))
@@ -49,6 +58,13 @@ def for_sampling(args, run, name, out):
     decode, autoencoder = latents.decoder_of(header["latents"], run.vae, run.device, bf16)
     return Trained(str(source) if len(phases) == 1 else f"{len(phases)} phases", network, header, phases,
                    schedule, guide, decode, autoencoder, bf16)
+
+
+def title(trained, name, run):
+    """What sample.py prints of a Trained network, the data set `name` and cli.Run."""
+    parameters, bf16 = sum(p.numel() for p in trained.network.parameters()), " bf16" * trained.bf16
+    return (f"{trained.source} | {name} | device {run.device}{bf16} x {processes.world()} | "
+            f"{parameters / 1e6:.2f}M parameters")
 
 
 # ----------------------------------------------------------------------------------------------------

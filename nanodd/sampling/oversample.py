@@ -19,6 +19,7 @@ from nanodd import processes
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines
+from nanodd.sampling import distilled
 
 RULES = "herding", "kcenter", "band"                            # --keep
 
@@ -51,6 +52,19 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
         features = judge.embed(part.to(run.device))                         # (n, F)
         kept.append(keep_in_class(features, confidence, real[train.labels == label], ipc, args.keep))
     return kept
+
+
+def open_pool(args, place, fresh, ipc, budget):
+    """The distilled.Place of the surplus, in the folder pool beside the set's own `place`.
+
+    fresh: the set's record, whose settings get those of the choice. ipc, budget: of the set, inf where the
+    other one counts. Raises UserError as Place.open.
+    """
+    pool, settings = distilled.Place(place.out / "pool", place.classes, args.npz), fresh["settings"]
+    size = [str(ipc * args.oversample), str(budget)]
+    pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)
+    fresh["settings"] = {**settings, "oversample": [args.oversample, args.keep, str(ipc), str(budget)]}
+    return pool
 
 
 def keep_best(args, run, recipe, pool, place, real_judge):
