@@ -179,8 +179,9 @@ def guidance_of(args, header, last):
     unguided, channels = header["rows"][-1] < 0, header["config"]["channels"]
     guidance = (1.0 if unguided else header["guidance"]) if args.guidance is None else args.guidance
     if unguided and guidance != 1:
-        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT weights "
-                        f"and models of one step have none: --guidance {guidance:g} cannot be, only 1")
+        raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
+                        "weights and models of one step have none: "
+                        f"--guidance {guidance:g} cannot be, only 1")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
         raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")
     if args.cfg_channels is not None and guidance == 1:
