@@ -17,6 +17,7 @@ import memory
 import minimax
 import sample
 import train_eval
+import turbo
 from nanodd import recipes
 from nanodd.judging import results
 from nanodd.networks import uvit
@@ -27,7 +28,8 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 README, DIGITS, CHALLENGE, PAPERS, SPEED = (PAGES[name] for name in (
     "README.md", "docs/digits.md", "docs/challenge.md", "docs/papers.md", "docs/speed.md"))
-MAINS = {module.__name__: module for module in (convnet, diffusion, memory, minimax, sample, train_eval)}
+MAINS = {module.__name__: module for module in (convnet, diffusion, memory, minimax, sample, train_eval,
+                                                turbo)}
 
 
 def commands():
@@ -359,16 +361,17 @@ def test_the_commands_of_the_front_page_say_what_it_shows(capsys):
 
 def test_the_stages_are_as_long_and_import_one_another_as_the_front_page_says():
     imports = {"minimax": {"diffusion", "memory"}, "sample": {"diffusion", "train_eval"},
-               "train_eval": {"convnet"}}
+               "train_eval": {"convnet"}, "turbo": {"convnet", "diffusion", "sample", "train_eval"}}
     for name in MAINS:
         text = (ROOT / f"{name}.py").read_text()
         found = set(re.findall(r"^(?:from|import) (\w+)", text, re.M)) & set(MAINS)
         assert found == imports.get(name, set()), name
         assert len(text.splitlines()) <= 340 and "one file of at most 340 lines" in README
     for name, others in imports.items():
-        assert f"{name}.py imports {' and '.join(f'{other}.py' for other in sorted(others))}" in README
+        *first, last = (f"{other}.py" for other in sorted(others))
+        assert f"{name}.py imports {' and '.join(filter(None, [', '.join(first), last]))}" in README
     order = re.findall(r"^\| \[(\w+)\.py\]", README, re.M)
-    assert order == ["memory", "diffusion", "minimax", "sample", "convnet", "train_eval"]
+    assert order == ["memory", "diffusion", "minimax", "sample", "convnet", "train_eval", "turbo"]
 
 
 def test_every_flag_is_explained(capsys):

@@ -28,6 +28,7 @@ from nanodd.networks.sdxl import prompts, text, tokenizer, unet, weights
 CELLS = 64                     # side of a latent: 512 pixels
 WIDTH = 1280                   # of the UNet at its coarsest level, where most of its parameters are
 SCALE = 0.13025                # one over the standard deviation of SDXL's latents
+CHUNK = 4                      # pictures drawn at once, whatever --batch is: some 8 GB in half precision
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The noise schedule
@@ -75,7 +76,8 @@ class Turbo(nn.Module):
         self.register_buffer("pooled", pooled)
 
     def forward(self, x, t, y):
-        return self.unet(x, t, self.context[y], self.pooled[y])
+        parts = zip(x.split(CHUNK), t.split(CHUNK), y.split(CHUNK), strict=True)
+        return torch.cat([self.unet(x, t, self.context[y], self.pooled[y]) for x, t, y in parts])
 
 
 def encode_classes(texts, folder, device, path):
@@ -129,9 +131,9 @@ def resized(x, size, colours):
     return TF.rgb_to_grayscale(x) if colours == 1 else x
 
 
-def decode(vae, size, colours, z, chunk=8):
-    """Latents z (B, 4, 64, 64) -> pictures (B, colours, size, size), decoded `chunk` at a time."""
-    return torch.cat([resized(vae.decode(part, chunk), size, colours) for part in z.split(chunk)])
+def decode(vae, size, colours, z):
+    """Latents z (B, 4, 64, 64) -> pictures (B, colours, size, size)."""
+    return torch.cat([resized(vae.decode(part), size, colours) for part in z.split(CHUNK)])
 
 
 # ----------------------------------------------------------------------------------------------------
