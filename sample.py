@@ -7,19 +7,19 @@
     python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow; or --steps auto
     python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
-    python sample.py --checkpoint out/digits/turbo.safetensors           # one call an image, with turbo.py
-    python sample.py --data cifar100 --checkpoint sdxl-turbo --minutes 10        # the same with SDXL-Turbo
+    python sample.py --checkpoint out/digits/turbo.safetensors          # turbo.py's student, in one call
+    python sample.py --data cifar100 --checkpoint sdxl-turbo --minutes 10       # SDXL-Turbo, from class names
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
 Fewer steps draw more images in a budget (diffusion step reduction, Fan et al. 2025). A block of --batch
 images, after the first, starts only if the longest block so far would still fit (the first, which warms up,
 counts only until there are two); a run is late by no more than its last block's excess over that longest one.
-Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. All
-flags but those of size and time, the class and the index fix an image: to the byte on one device (so that a
-resumed run writes the same files), else to one grey level. --ipc 5 is half of --ipc 10, save with
---oversample, or --modes without a number. Sources: Ho et al. 2020 (DDPM), J. Song et al. 2021 (DDIM), Ho &
-Salimans 2022, Kynkaanniemi et al. 2024 (guidance), Lu et al. 2022, 2023 (DPM-Solver), Lin et al. 2024
-(trailing), Sauer et al. 2023 (one step), Chan-Santiago et al. 2025 (modes).
+Writes out/digits/distilled/<class>/00000.png ..., the contact sheet distilled.png, and distilled.json. The
+checkpoint, the seed, --batch, all flags of how an image is drawn, its class and its index fix it: to the byte
+on one device (so that a resumed run writes the same files), in float32 to one grey level on another. --ipc 5
+is half of --ipc 10, save with --oversample, or --modes without a number. Sources: Ho et al. 2020 (DDPM),
+J. Song et al. 2021 (DDIM), Ho & Salimans 2022, Kynkaanniemi et al. 2024 (guidance), Lu et al. 2022, 2023
+(DPM-Solver), Lin et al. 2024 (trailing), Sauer et al. 2023 (one step), Chan-Santiago et al. 2025 (modes).
 """
 import functools
 import hashlib
@@ -46,13 +46,13 @@ GRIDS = ("uniform", "quadratic", "trailing", "stride", "logsnr")
 
 
 def timesteps(count, grid="uniform", schedule=None, calls=None, start=Schedule.T - 1):
-    """`count` distinct times, falling from T - 1 = 999, where x_t is noise. A count of one gives T - 1.
+    """`count` distinct times, falling from T - 1 = 999, where x_t is noise. A count of one gives [start].
 
     uniform: equal steps down to the schedule's end, 0 for DiT (DiT's respacing "S"). quadratic: equal steps
     in sqrt(t), denser near the image. trailing: equal steps that stop one step short of 0 (Lin et al. 2024).
     stride (starts below T - 1) and logsnr: nanodd/sampling/solvers.py, section 2. schedule: DiT's by default,
     on which all grids but logsnr take integers, the times of its training; or U-ViT's, which is continuous
-    and whose end depends on the sampler's network calls (default: count). start: trailing begins there.
+    and whose end depends on the sampler's network calls (default: count). start: where trailing begins.
     Raises UserError where count is outside 1..T, or as solvers.stride.
     """
     schedule, T = schedule or Schedule(), Schedule.T
@@ -134,7 +134,7 @@ class Sampler(NamedTuple):
 def sampler_of(name, steps, grid=None, schedule=None, eta=0.0, start=Schedule.T - 1):
     """The Sampler `name` of SAMPLERS with `steps` network calls.
 
-    grid: None for the sampler's own. schedule: None for DiT's. UserError: as timesteps, solvers.orders.
+    grid: None for the sampler's own. schedule: None for DiT's. start: see timesteps, which raises UserErrors.
     """
     (loop, own_grid), schedule = SAMPLERS[name], schedule or Schedule()
     grid = grid or own_grid
@@ -252,7 +252,7 @@ def main(argv=None):
                         "the best count for the budget (default: 10; of one-step models 1)")
     parser.add_argument("--sampler", choices=SAMPLERS,
                         help="dpm1 to dpm3: DPM-Solver of that order; dpm-fast: U-ViT's, at 50 steps; "
-                             "dpm++2m: DPM-Solver++ (default: ddim)")
+                             "dpm++2m: DPM-Solver++; turbo: one-step models' (default: ddim)")
     parser.add_argument("--grid", choices=GRIDS, help="where in t the steps lie (default: the sampler's own)")
     parser.add_argument("--eta", type=float, default=0.0,
                         help="share of DDPM's noise that DDIM adds, 0 to 1 (default: %(default)s)")
@@ -293,7 +293,7 @@ def draw_set(args, run):
     out = args.out or pathlib.Path("out", name)
     trained = loading.for_sampling(args, run, name, out)
     header, guide = trained.header, trained.guide
-    checks.fill_sampler(args, header)                           # what a model of one step has of its own
+    checks.fill_sampler(args, header)                           # a one-step model has its own sampler
     grid = args.grid or SAMPLERS[args.sampler][1]
     place = distilled.Place(out, header["classes"], args.npz)
     mode_arguments, mode_settings = modes.of_flags(args, run, header, ipc)
@@ -301,10 +301,10 @@ def draw_set(args, run):
                 "eta": args.eta, "guidance": guide["guidance"],
                 "guidance_interval": list(guide["interval"]), "cfg_channels": guide["channels"],
                 "bf16": trained.bf16, "autoencoder": trained.autoencoder, "seed": args.seed,
-                "batch": args.batch, "npz": args.npz, **mode_settings, **header.get("prompted", {})}
+                "batch": args.batch, "npz": args.npz, **mode_settings, **header.get("extra_settings", {})}
 
     def sampler_in(steps):
-        return sampler_of(args.sampler, steps, grid, trained.schedule, args.eta, header.get("start", 999))
+        return sampler_of(args.sampler, steps, grid, trained.schedule, args.eta, header.get("t_star", 999))
 
     def draw_in(steps):                                         # draw, which still takes items
         return functools.partial(draw, trained, args.seed, sampler_in(steps), **mode_arguments)

@@ -1,22 +1,23 @@
 """Distils the diffusion model into a student that draws an image in one network call.
 
     x0_hat = (x_s - sigma_s eps_hat(x_s, s, y)) / alpha_s       the student's image, of pure noise at s = t*
-    L_adv  = -mean D(x0_hat, y)                                 a discriminator D should take it for real,
-    L_dist = mean alpha_t |x0_hat - teacher(x_t, t, y)|^2       and the teacher, given it noised to t, find it
-    L      = L_adv + lambda L_dist                              again (Sauer et al. 2023, eq. 1, 2 and 4)
+    L_adv  = -mean D(x0_hat, y)                                 a discriminator D should take it for real;
+    L_dist = mean alpha_t |x0_hat - x0_teacher(x_t, t, y)|^2    noised to t and denoised by the teacher in one
+    L      = L_adv + lambda L_dist                              step, it should come back unchanged
 
-    python turbo.py                              # NOT MEASURED
-    python turbo.py --checkpoint out/digits/minimax.safetensors         # of a fine-tuned model
-    python sample.py --checkpoint out/digits/turbo.safetensors          # one call an image; or --steps 2
+    python turbo.py                              # 4.6 minutes on two CPU cores, the base model not included
+    python turbo.py --checkpoint out/digits/minimax.safetensors --out out/tuned     # of a fine-tuned model
+    python sample.py --checkpoint out/digits/turbo.safetensors      # one call an image; or --steps 2
 
-This is adversarial diffusion distillation (ADD), which made SDXL-Turbo. Student and teacher start as the
-same network, and the teacher stays as it is. D is a small head on each level of a frozen network, and learns
-in turn with the student: L_D = max(0, 1 - D(real)) + max(0, 1 + D(generated)) + R1 (eq. 3). --lambda 0 leaves
-L_adv alone; --no-adversarial leaves it out. Writes out/digits/turbo.safetensors (the averaged weights),
-turbo.log.jsonl, and turbo.png, a row of one-step samples after each tenth of the steps. A stopped run
-resumes; on a CPU its final weights are the same to the bit. Sources: Sauer et al. 2023 (ADD) and 2024 (LADD:
-D on noised images), Lim & Ye 2017 (hinge), Mescheder et al. 2018 (R1), Miyato & Koyama 2018 (D of classes),
-Zhao et al. 2020 (augmentation in front of D).
+This is adversarial diffusion distillation (ADD, Sauer et al. 2023, eq. 1 to 4), which made SDXL-Turbo.
+Student and teacher start as the same network, and the teacher stays as it is; neither uses guidance. D is a
+small head on each depth of a frozen network, and learns in turn with the student: L_D = max(0, 1 - D(real)) +
+max(0, 1 + D(generated)) + R1. --lambda 0 leaves L_adv alone, --no-adversarial L_dist. Writes
+out/digits/turbo.safetensors (the averaged weights), turbo.log.jsonl (the losses; "real" and "generated" are
+D's mean answers), turbo.png, a row of one-step samples after each tenth of the steps, and the judge that D
+looks through. A stopped run resumes; on a CPU its final weights are the same to the bit. Sources besides:
+Sauer et al. 2024 (LADD: D on noised images), Lim & Ye 2017 (hinge), Mescheder et al. 2018 (R1), Miyato &
+Koyama 2018 (D of classes), Zhao et al. 2020 (augmentation in front of D).
 """
 import argparse
 import functools
@@ -40,12 +41,12 @@ from nanodd.sampling import sheets
 from sample import timesteps
 from train_eval import CHALLENGE_FAMILIES, count_epochs, dsa, train_judges
 
-# All were chosen on the digits' validation part (docs/digits.md). An error of eps_hat enters x0_hat 157-fold
-# at t = 999, where samplers start, and 14.6-fold at 727, where SDXL-Turbo's noise is as strong as here. At
-# 400 (2.0-fold) one step of the base is no class average any more, but follows its noise: far better.
-STEPS, LR, LR_HEADS, LAMBDA = 2000, 4e-4, 2e-3, 2.5
-START, AT_START = 400, 0.75    # t*, and the share of a batch there; the rest is for --steps 2 to 4
-R1 = 1e-5                      # weight of the gradient penalty, as Sauer et al.'s
+# Chosen on the digits' validation part (docs/digits.md). On its way into x0_hat an error of eps_hat is
+# multiplied by sigma/alpha: by 157 at t = 999, where samplers start, by 14.6 at 727, as in SDXL-Turbo's first
+# step, and by 2.0 at 400, where even the base's one step is no class average, but depends on its noise.
+STEPS, LAMBDA, T_STAR = 2000, 2.5, 400
+# share: of a batch at t*, the rest trains for --steps 2 and 4; r1: weight of the gradient penalty, as ADD's
+FIXED = {"lr": 4e-4, "lr_heads": 2e-3, "share": 0.75, "r1": 1e-5}
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The student's image, and the two losses that form it
@@ -53,15 +54,15 @@ R1 = 1e-5                      # weight of the gradient penalty, as Sauer et al.
 
 def x0_hat(network, schedule, xt, t, y):
     """One step from x_t to an image: xt (B, C, H, W), t (B,), y (B,) label rows -> (B, C, H, W)."""
-    eps_hat = network(xt, t.float(), y)[:, :xt.shape[1]].float()    # no learned variance
+    eps_hat = network(xt, t.float(), y)[:, :xt.shape[1]].float()    # without variance logits
     return schedule.x0_from_eps(xt, t, eps_hat)
 
 
 def distillation_loss(teacher, schedule, x, t, y, eps):
-    """The mean of alpha_t (x - teacher(x_t, t, y))^2 (Sauer et al. 2023, eq. 4, with c(t) = alpha_t).
+    """The mean of alpha_t (x - x0_teacher(x_t, t, y))^2 (Sauer et al. 2023, eq. 4, with c(t) = alpha_t).
 
-    x: the student's images (B, C, H, W), which alone get a gradient. The target follows from them: noised to
-    t, what does the teacher take them for? So it is a mean of likely images near the student's, not a sample.
+    x: the student's images (B, C, H, W); only they get a gradient. The target depends on them: the teacher
+    sees x noised to t, and its one step gives the mean of the images that fit x_t, not a sample.
     """
     with torch.no_grad():
         target = x0_hat(teacher, schedule, schedule.q_sample(x, t, eps), t, y)
@@ -70,18 +71,18 @@ def distillation_loss(teacher, schedule, x, t, y, eps):
 
 
 def hinge_loss(real, generated):
-    """L_D of the heads' logits, lists of (B, N): a mean over heads, not a sum (Sauer et al. 2023, eq. 3)."""
+    """L_D without R1 of each head's logits, lists of (B, N): the mean over heads, where eq. 3 has the sum."""
     pairs = zip(real, generated, strict=True)
     return sum(F.relu(1 - r).mean() + F.relu(1 + g).mean() for r, g in pairs) / len(real)
 
 
-def mean(logits):
+def mean_logit(logits):
     """D: the mean of the heads' logits, a list of (B, N), every head with the same weight."""
     return sum(logit.mean() for logit in logits) / len(logits)
 
 
 def gradient_penalty(real, tokens):
-    """R1, |d D / d f|^2 at the heads' inputs f of real images, the mean over B and heads (eq. 3)."""
+    """R1 (eq. 3): |d D_k / d f|^2 of head k at its input f, of real images; the mean over B and heads."""
     gradients = torch.autograd.grad(sum(logit.mean(dim=1).sum() for logit in real), tokens, create_graph=True)
     return sum(gradient.square().sum() for gradient in gradients) / (len(real) * len(real[0]))
 
@@ -94,8 +95,8 @@ def gradient_penalty(real, tokens):
 
 
 def noised_features(network, schedule):
-    """The tokens of all blocks of a DiT or U-ViT, frozen, of images noised to t < 750 (LADD)."""
-    tokens = []
+    """The tokens after each block of a frozen DiT or U-ViT, of images noised to t < 750 (LADD)."""
+    tokens = []                                                 # of the call that runs
     for block in [module for module in network.modules() if hasattr(module, "attn")]:
         block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
 
@@ -109,7 +110,7 @@ def noised_features(network, schedule):
 
 
 def judge_features(judge, recipe):
-    """The maps of a frozen ConvNet judge after each pooling, a token for each place: (B, S^2/4, 128) ..."""
+    """The maps of a frozen ConvNet judge after each pooling: S^2/4, then S^2/16 and S^2/64 tokens of 128."""
     def tokens_of(x, y, rng):
         x = F.interpolate(x, recipe.judge_size, mode="bicubic", antialias=True)
         x, tokens = augment.standardise((x + 1) / 2, recipe), []            # (B, C, S, S)
@@ -122,13 +123,13 @@ def judge_features(judge, recipe):
 
 
 class Head(nn.Module):
-    """Logits (B, N) of tokens (B, N, D): is this place real, and of class y (B,)? (Miyato & Koyama 2018)"""
+    """Logits (B, N) of tokens (B, N, D): is it real, and of label row y (B,)? (Miyato & Koyama 2018)"""
 
-    def __init__(self, width, classes, hidden=64):
+    def __init__(self, width, row_count, hidden=64):
         super().__init__()
         self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, hidden)
         self.residual, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
-        self.label = nn.Embedding(classes, hidden)
+        self.label = nn.Embedding(row_count, hidden)
         nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, tokens, y):
@@ -141,30 +142,30 @@ class Head(nn.Module):
 class Discriminator:
     """A head for each depth of a frozen network, and the heads' optimizer.
 
-    tokens_of: as above. augment: (x, rng, cpu_rng) -> x, in front of it. example: images (B, C, H, W), for
-    the shapes. rows: number of label rows.
+    tokens_of: as above. augment: (x, rng, cpu_rng) -> x, applied to all images that D sees. example: images
+    (B, C, H, W), for the shapes. row_count: how many label rows there are.
     """
 
-    def __init__(self, tokens_of, augment, example, rows):
+    def __init__(self, tokens_of, augment, example, row_count):
         self.tokens_of, self.augment = tokens_of, augment
         y = torch.zeros(len(example), dtype=torch.long, device=example.device)
         tokens = tokens_of(example, y, torch.Generator(example.device))     # a list of (B, N, D)
-        self.heads = nn.ModuleList(Head(f.shape[2], rows) for f in tokens).to(example.device)
-        self.optimizer = torch.optim.AdamW(self.heads.parameters(), lr=LR_HEADS, betas=(0., .99),
+        self.heads = nn.ModuleList(Head(f.shape[2], row_count) for f in tokens).to(example.device)
+        self.optimizer = torch.optim.AdamW(self.heads.parameters(), lr=FIXED["lr_heads"], betas=(0., .99),
                                            weight_decay=0, fused=True)
 
     def tokens(self, x, y, rng, cpu_rng):
-        """The tokens of images x (B, C, H, W) of classes y (B,), once augmented: a list of (B, N, D)."""
+        """The tokens of images x (B, C, H, W) of label rows y (B,), once augmented: a list of (B, N, D)."""
         return self.tokens_of(self.augment(x, rng, cpu_rng), y, rng)
 
     def logits(self, tokens, y):
-        """What the heads say: a list of (B, N)."""
+        """The heads' logits of a list of tokens (B, N, D), for label rows y (B,): a list of (B, N)."""
         return [head(f, y) for head, f in zip(self.heads, tokens, strict=True)]
 
     def step(self, share):
-        """An optimizer step at this share of the heads' learning rate."""
+        """An optimizer step, on gradients averaged over processes, at this share (0 to 1) of the rate."""
         processes.average_gradients(self.heads.parameters())
-        self.optimizer.param_groups[0]["lr"] = share * LR_HEADS
+        self.optimizer.param_groups[0]["lr"] = share * FIXED["lr_heads"]
         self.optimizer.step()
 
     def state_dict(self):
@@ -191,7 +192,7 @@ def student_batch(examples, plan, step, rows, schedule, times, rng):
     mirrored = torch.rand(B, generator=rng, device=device) < 0.5 if plan.flip else None
     x0 = examples.examples(index, mirrored, rng)                            # (B, C, H, W)
     later = torch.randint(1, len(times), (B,), generator=rng, device=device)
-    later = later * (torch.rand(B, generator=rng, device=device) >= AT_START)               # 0: t*
+    later = later * (torch.rand(B, generator=rng, device=device) >= FIXED["share"])               # 0: t*
     s, t = torch.tensor(times, device=device)[later], schedule.draw_times(B, rng, device)
     eps_s, eps_t = torch.randn(2, *x0.shape, generator=rng, device=device)
     x_s = schedule.q_sample(x0 * (later > 0).view(-1, 1, 1, 1), s, eps_s)
@@ -205,26 +206,26 @@ def distil(trainer, discriminator, teacher, examples, rows, schedule, times, wei
     """
     plan = trainer.plan
     for step in range(start, plan.steps):
-        seed = ((plan.seed * 1_000_003 + step) * processes.world() + processes.rank()) % 2**32
+        seed = (plan.seed * 1_000_003 + step) % 2**32
         rng, cpu_rng = torch.Generator(rows.device).manual_seed(seed), torch.Generator().manual_seed(seed)
         x0, y, s, x_s, t, eps = student_batch(examples, plan, step, rows, schedule, times, rng)
         x_hat = x0_hat(trainer.predict, schedule, x_s, s, y)                # (B, C, H, W)
-        loss, losses = 0.0, {}
+        losses = {}
         if discriminator is not None:                           # D learns first, from both in one batch
-            images, classes = torch.cat([x0, x_hat.detach()]), torch.cat([y, y])        # (2B, C, H, W), (2B,)
-            tokens = [f.requires_grad_() for f in discriminator.tokens(images, classes, rng, cpu_rng)]
-            logits = discriminator.logits(tokens, classes)                  # a list of (2B, N)
-            real, generated = [x[:len(y)] for x in logits], [x[len(y):] for x in logits]
-            losses = {"D": hinge_loss(real, generated), "real": mean(real), "generated": mean(generated)}
+            images, twice = torch.cat([x0, x_hat.detach()]), torch.cat([y, y])          # (2B, C, H, W), (2B,)
+            tokens = [f.requires_grad_() for f in discriminator.tokens(images, twice, rng, cpu_rng)]
+            logits = discriminator.logits(tokens, twice)                    # a list of (2B, N)
+            real, generated = [d[:len(y)] for d in logits], [d[len(y):] for d in logits]
+            losses = {"D": hinge_loss(real, generated), "real": mean_logit(real),
+                      "generated": mean_logit(generated)}
             discriminator.optimizer.zero_grad(set_to_none=True)
-            (losses["D"] + R1 * gradient_penalty(real, tokens)).backward()
+            (losses["D"] + FIXED["r1"] * gradient_penalty(real, tokens)).backward()
             discriminator.step(plan.lr_at(step) / plan.lr)
-            tokens = discriminator.tokens(x_hat, y, rng, cpu_rng)           # now to the student's gradient
-            losses["adv"] = -mean(discriminator.logits(tokens, y))
-            loss = loss + losses["adv"]
+            tokens = discriminator.tokens(x_hat, y, rng, cpu_rng)           # now with gradients to x_hat
+            losses["adv"] = -mean_logit(discriminator.logits(tokens, y))
         if weight > 0:
             losses["dist"] = distillation_loss(teacher, schedule, x_hat, t, y, eps)
-            loss = loss + weight * losses["dist"]
+        loss = losses.get("adv", 0) + weight * losses.get("dist", 0)
         trainer.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainer.step(step)                                      # the rate, AdamW, the averaged weights
@@ -236,7 +237,7 @@ def distil(trainer, discriminator, teacher, examples, rows, schedule, times, wei
 
 
 def augmented(recipe, x, rng, cpu_rng):
-    """One DSA family (train_eval.py, section 1) for a batch of images x in [-1, 1]; none for latents."""
+    """Applies one DSA family, drawn for the batch, to x (B, C, H, W) in [-1, 1]; latents stay as they are."""
     if recipe.latents:
         return x
     families = recipe.augment.split("_") if recipe.augment else CHALLENGE_FAMILIES
@@ -246,7 +247,7 @@ def augmented(recipe, x, rng, cpu_rng):
 
 def train_student(args, run, data, base, path):
     """Trains a student of the model in the file `base` and writes it to `path`, unless it is finished."""
-    built = models.new_student(args, run, data, base, path, LR) # builds student, teacher and AdamW
+    built = models.new_student(args, run, data, base, path, FIXED)   # builds student, teacher and AdamW
     if built is None:                                           # `path` is finished
         return
     (start, teacher), discriminator = built, None
@@ -260,7 +261,7 @@ def train_student(args, run, data, base, path):
         torch.manual_seed(run.seed)                             # the heads' initial weights
         discriminator = Discriminator(tokens_of, functools.partial(augmented, data.recipe), example,
                                       max(start.header["rows"]) + 1)
-    times = timesteps(4, "trailing", start.schedule, start=args.start)      # those of sample.py --steps 4
+    times = timesteps(4, "trailing", start.schedule, start=args.t_star)     # those of sample.py --steps 4
     loop = functools.partial(distil, start.trainer, discriminator, teacher, start.examples, start.rows,
                              start.schedule, times, args.weight)
     training.fit(start.trainer, loop, path, start.header, run.overwrite, memories=discriminator,
@@ -278,10 +279,10 @@ def main(argv=None):
     parser.add_argument("--adversarial", action=argparse.BooleanOptionalAction, default=True,
                         help="--no-adversarial: L_dist alone, which blurs")
     parser.add_argument("--features", choices=("judge", "base"),
-                        help="what D looks with: a ConvNet judge of the real images, or the base's own "
-                             "blocks (default: judge; base for latents)")
-    parser.add_argument("--start", type=int, default=START, metavar="T",
-                        help="t*, at which the student starts from noise (default: %(default)s)")
+                        help="the network that D looks through: a ConvNet judge of the real images, or the "
+                             "base's own blocks (default: judge; base for latents)")
+    parser.add_argument("--t-star", type=int, default=T_STAR, metavar="T",
+                        help="the t at which the student starts from noise (default: %(default)s)")
     args = parser.parse_args(argv)
     with exit_on_user_error(parser), processes.process_group():
         run = cli.run_of(args, __file__, argv)

@@ -37,7 +37,7 @@ ONCE = {
     "lambda 0, 1 step": ("--lambda 0", "--steps 1"),
     "L_dist alone, 1 step": ("--no-adversarial", "--steps 1"),
     "features of the base, 1 step": ("--features base", "--steps 1"),
-    **{f"t* {t}, 1 step": (f"--start {t}", "--steps 1") for t in (500, 727, 999)},
+    **{f"t* {t}, 1 step": (f"--t-star {t}", "--steps 1") for t in (500, 727, 999)},
 }
 EQUAL = {name: DRAWN[name] for name in ("base, DDIM, 5 steps", "base, DDIM, 10 steps", "student, 1 step",
                                         "student, 2 steps")}
@@ -117,13 +117,13 @@ def regression(data):
     names = [(header["classes"][label], index) for label, index in items]
     noise = sample.image_noise(1, names, images.shape[1:], "cpu")(0)
     x0, y, schedule = imageset.to_float(images), torch.tensor([label for label, _ in items]), teacher.schedule
-    plan = training.Plan(steps=turbo.STEPS, batch=data.recipe.batch, lr=turbo.LR, decay=True,
+    plan = training.Plan(steps=turbo.STEPS, batch=data.recipe.batch, lr=turbo.FIXED["lr"], decay=True,
                          ema=data.recipe.ema, seed=0, flip=False)
     trainer = training.Trainer(network, plan)
     for step in range(plan.steps):
         index = training.batch_index(PAIRS, plan.batch, step, 0)
-        t = torch.full((plan.batch,), turbo.START)
-        x = schedule.noise[turbo.START] * noise[index]                      # (B, 1, 8, 8)
+        t = torch.full((plan.batch,), turbo.T_STAR)
+        x = schedule.noise[turbo.T_STAR] * noise[index]                      # (B, 1, 8, 8)
         x_hat = turbo.x0_hat(trainer.predict, schedule, x, t, y[index])
         trainer.optimizer.zero_grad(set_to_none=True)
         (x_hat - x0[index]).square().mean().backward()
@@ -147,12 +147,12 @@ def compared(kind, ipc, data, bf16, compare):
     """A set of a network that no command draws, and a judge of it, for each of five seeds."""
     if kind == "regression, 1 step":
         drawer = regression(data)
-        sampler = sample.sampler_of("turbo", 1, schedule=drawer.schedule, start=turbo.START)
+        sampler = sample.sampler_of("turbo", 1, schedule=drawer.schedule, start=turbo.T_STAR)
     else:                                                       # base, then student
         path, _ = student("")
         (base, header), (network, _) = models.load_model(BASE), models.load_model(path)
-        drawer = trained(BaseThenStudent(base, network, turbo.START), header)
-        _, later, *_ = sample.timesteps(4, "trailing", start=turbo.START)
+        drawer = trained(BaseThenStudent(base, network, turbo.T_STAR), header)
+        _, later, *_ = sample.timesteps(4, "trailing", start=turbo.T_STAR)
         sampler = sample.Sampler(sample.ddim, drawer.schedule, [999, later], 0.0)
     items, sets = [(p % 10, p // 10) for p in range(10 * ipc)], []
     for seed in range(RUNS):

@@ -71,18 +71,21 @@ def tuning_plan(args, run, data, width):
 
 
 def fill_turbo_flags(args, recipe, last):
-    """Fills in the recipe's numbers where no flag was given.
+    """Fills in --features. last: the largest t.
 
-    last: the largest t. Raises UserError for numbers out of range, and where no loss is left.
+    Raises UserError for numbers out of range, and for flags that leave no loss or have nothing to act on.
     """
+    if args.features and not args.adversarial:
+        raise UserError("--features belongs to the adversarial loss: leave --no-adversarial out")
     args.features = args.features or ("base" if recipe.latents else "judge")
     at_least(1, steps=args.steps)
+    processes.batch_share(recipe.batch)                         # raises where it does not divide
     if not 0 <= args.weight < math.inf:
         raise UserError(f"--lambda must be a number, 0 or more, not {args.weight}")
     if not args.adversarial and args.weight == 0:
         raise UserError("--no-adversarial and --lambda 0 leave no loss to train with")
-    if not 3 <= args.start <= last:
-        raise UserError(f"--start must be between 3 and {last}, not {args.start}")
+    if not 3 <= args.t_star <= last:
+        raise UserError(f"--t-star must be between 3 and {last}, not {args.t_star}")
     if args.features == "judge" and recipe.latents:
         raise UserError("--features judge: a judge looks at pictures, and this recipe draws latents")
 
@@ -152,22 +155,22 @@ def sampling_flags(args, last):
 
 
 def fill_sampler(args, header):
-    """Fills in --sampler and --steps: 10 steps of DDIM, or what a model of one step has.
+    """Fills in --sampler, --grid and --steps: 10 steps of DDIM, or those of a one-step model.
 
-    Such a model, a student of turbo.py or SDXL-Turbo, says in its header from which t it starts. Raises
-    UserError for flags that it cannot follow.
+    The header of such a model, a student of turbo.py or SDXL-Turbo, says at which t it starts, as "t_star".
+    Raises UserError for flags that it cannot follow.
     """
-    if "start" not in header:
+    if "t_star" not in header:
         args.sampler, args.steps = args.sampler or "ddim", 10 if args.steps is None else args.steps
         return
-    flags = {"--sampler": args.sampler, "--grid": args.grid, "--eta": args.eta or None, "--modes": args.modes}
-    given = [flag for flag, value in flags.items() if value is not None]
+    flags = {"--sampler": args.sampler not in (None, "turbo"), "--grid": args.grid not in (None, "trailing"),
+             "--eta": args.eta, "--modes": args.modes}
+    given = [flag for flag, value in flags.items() if value]
     if given:
-        raise UserError(f"{given[0]} has nothing to do here: a model that was distilled to one step has its "
-                        "own sampler and times")
+        raise UserError(f"{given[0]} has nothing to do here: a one-step model has its own sampler and times")
     args.steps = 1 if args.steps is None else args.steps
     if args.steps not in range(1, 5):
-        raise UserError(f"a model that was distilled to one step takes --steps 1 to 4, not {args.steps}")
+        raise UserError(f"a one-step model takes --steps 1 to 4, not {args.steps}")
     args.sampler, args.grid = "turbo", "trailing"
 
 
@@ -180,7 +183,7 @@ def guidance_of(args, header, last):
     guidance = (1.0 if unguided else header["guidance"]) if args.guidance is None else args.guidance
     if unguided and guidance != 1:
         raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
-                        "weights and models of one step have none: "
+                        "weights and one-step models have none: "
                         f"--guidance {guidance:g} cannot be, only 1")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
         raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")

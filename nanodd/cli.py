@@ -41,7 +41,7 @@ FLAGS = {
                       help="gradient checkpointing: less memory, more work, since the activations of each "
                            "block are computed again in the backward pass"),
 }
-# the flags of both files that train a diffusion model
+# the flags of all files that train a diffusion model
 TRAINING = ("data root recipe validation out seed device overwrite vae skip-broken bf16 compile recompute "
             "dry-run")
 

@@ -9,6 +9,7 @@ import conftest
 import diffusion
 import minimax
 import sample
+import turbo
 from nanodd import processes
 from nanodd.data import datasets
 from nanodd.networks import autoencoder, training
@@ -36,6 +37,12 @@ with processes.process_group():                                 # one group for 
     minimax.main(["--data", "imagewoof", "--root", str(files.root), "--vae", str(files.vae), "--steps", "1",
                   "--out", f"{out}/woof"])
 
+    student = ["--checkpoint", "out/digits/base.safetensors", "--steps", "4"]
+    turbo.main([*student, "--no-adversarial", "--out", f"{out}/dist"])
+    turbo.main([*student, "--features", "base", "--out", f"{out}/turbo"])
+    sample.main(["--checkpoint", f"{out}/turbo/turbo.safetensors", "--ipc", "3", "--batch", "7",
+                 "--out", f"{out}/turbo"])
+
     # the memories after three steps
     train, losses = datasets.load("digits").train, minimax.MinMax(.1, .1)
     torch.manual_seed(0)
@@ -46,3 +53,9 @@ with processes.process_group():                                 # one group for 
     for _ in minimax.tune(trainer, train, torch.arange(11), schedule, losses):
         pass
     torch.save(losses.state_dict(), f"{out}/memories-{processes.rank()}.pt")
+
+    # the mean gradient, of 1 on the first process and 2 on the second
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 1.0 + processes.rank())
+    processes.average_gradients([parameter])
+    torch.save(parameter.grad, f"{out}/gradient-{processes.rank()}.pt")

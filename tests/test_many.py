@@ -55,6 +55,19 @@ def test_a_u_vit_learns_from_two_processes_as_from_one(both):
     assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
 
 
+def test_two_processes_distil_as_one_does(both):
+    one, two = (files.load_tensors(both / name / "dist/turbo.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and max((one[key] - two[key]).abs().max() for key in one) < 1e-5
+    gradients = [torch.load(both / name).tolist()
+                 for name in ("one/gradient-0.pt", "two/gradient-0.pt", "two/gradient-1.pt")]
+    assert gradients == [3 * [1.0], 3 * [1.5], 3 * [1.5]]
+
+
+def test_two_processes_share_a_student_and_its_images(both):
+    assert files.read_header(both / "two/turbo/turbo.safetensors")["settings"]["processes"] == 2
+    assert len(list((both / "two/turbo/distilled").rglob("*.png"))) == 30
+
+
 def test_the_first_of_two_processes_draws_the_sheets(both):
     for name in ("uvit/base.png", "zero/minimax.png", "woof/minimax.png"):
         one, two = (imageset.open_image(both / out / name).int() for out in ("one", "two"))

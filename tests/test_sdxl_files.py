@@ -404,7 +404,7 @@ def test_a_folder_of_weights_draws_pictures(folder, pictures, capsys):
     assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8     # the small recipe's size
     assert "encoding 2 prompts into out/pictures/sdxl-turbo-prompts.safetensors" in capsys.readouterr().out
     header = trained.header
-    assert header["classes"] == header["prompted"]["prompts"] == ["ant", "bee"]
+    assert header["classes"] == header["extra_settings"]["prompts"] == ["ant", "bee"]
     assert header["rows"] == [0, 1, -1]
     assert header["data"] == "pictures" and header["recipe"] == "folder" and header["guidance"] == 1
     assert header["config"] == {"channels": 4, "size": 4} and not trained.bf16
@@ -424,7 +424,7 @@ def test_the_network_sees_the_prompt_of_the_class(folder, pictures):
     assert not torch.allclose(out[0], out[1], atol=1e-5)
     other = draw(data, folder, [(0, 0)], template="a photo of a {}")[1]
     assert other.header["weights"] != trained.header["weights"]
-    assert other.header["prompted"]["prompts"] == ["a photo of a ant", "a photo of a bee"]
+    assert other.header["extra_settings"]["prompts"] == ["a photo of a ant", "a photo of a bee"]
 
 
 def test_digits_are_drawn_in_grey_and_bfloat16(folder):

@@ -65,7 +65,7 @@ def test_the_hinge_loss_is_2_where_d_cannot_tell_and_0_where_it_is_sure():
     sure = [torch.full((4, 3), 1.5), torch.ones(4, 1)]
     assert turbo.hinge_loss(sure, [-x for x in sure]) == 0
     assert turbo.hinge_loss([torch.tensor([[.5]])], [torch.tensor([[.25]])]) == .5 + 1.25
-    assert turbo.mean([torch.full((4, 9), 1.), torch.full((4, 1), 3.)]) == 2  # heads, not places
+    assert turbo.mean_logit([torch.full((4, 9), 1.), torch.full((4, 1), 3.)]) == 2  # heads, not places
 
 
 def test_the_gradient_penalty_of_a_linear_head_is_the_square_of_its_weights():
@@ -110,7 +110,7 @@ def test_a_gradient_reaches_the_student_from_both_terms_and_no_frozen_network(pa
         x_hat = turbo.x0_hat(parts.student, parts.schedule, eps, torch.full((8,), 500), parts.y)
         if term == "adversarial":
             tokens = discriminator.tokens(x_hat, parts.y, *generators())
-            loss = -turbo.mean(discriminator.logits(tokens, parts.y))
+            loss = -turbo.mean_logit(discriminator.logits(tokens, parts.y))
         else:
             loss = turbo.distillation_loss(parts.teacher, parts.schedule, x_hat, t, parts.y, eps)
         loss.backward()
@@ -241,11 +241,11 @@ def student(tuned, quick):
 
 
 def test_at_first_the_student_draws_what_its_teacher_would(tuned, quick, monkeypatch):
-    monkeypatch.setattr(turbo, "LR", 1e-12)
-    turbo.main(["--steps", "3", "--start", "500"])
+    monkeypatch.setitem(turbo.FIXED, "lr", 1e-12)
+    turbo.main(["--steps", "3", "--t-star", "500"])
     network, header = models.load_model("out/digits/turbo.safetensors")
     base, _ = models.load_model("out/digits/base.safetensors")
-    assert header["start"] == 500 and header["rows"] == [*range(10), -1]
+    assert header["t_star"] == 500 and header["rows"] == [*range(10), -1]
     noise, y, schedule = torch.randn(5, 1, 8, 8), torch.arange(5), diffusion.Schedule()
     sampler = sample.sampler_of("turbo", 1, schedule=schedule, start=500)
     with torch.no_grad():
@@ -285,7 +285,20 @@ def test_each_loss_can_be_left_out_and_a_tuned_model_distilled(tuned, quick, fla
     assert set(line) - {"step", "seconds"} == losses
 
 
-def test_a_u_vit_and_latents_are_distilled_too(imagenet, tuned, quick, capsys):
+def test_latents_and_a_network_with_learned_variance_are_distilled_too(imagenet, sentence):
+    data = ["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae)]
+    diffusion.main(["--weights", str(imagenet.weights)])
+    assert "this recipe draws latents" in sentence(turbo.main, *data, "--features", "judge")
+    turbo.main([*data, "--steps", "2"])
+    header = files.read_header("out/imagewoof/turbo.safetensors")
+    assert header["settings"]["features"] == "base" and header["config"]["learned_variance"]
+    assert len(header["rows"]) == 11 and max(header["rows"]) > 10           # rows of ImageNet's 1,000
+    sample.main(["--data", "imagewoof", "--vae", str(imagenet.vae), "--ipc", "1", "--checkpoint",
+                 "out/imagewoof/turbo.safetensors"])
+    assert len(drawn_files("out/imagewoof")) == 10
+
+
+def test_a_u_vit_is_distilled_too(tuned, quick, capsys):
     diffusion.main(["--network", "uvit", "--steps", "10"])
     turbo.main(["--steps", "10", "--checkpoint", "out/digits/uvit/base.safetensors", "--features", "base",
                 "--out", "out/uvit"])
@@ -316,22 +329,28 @@ def test_the_students_times_are_spread_evenly_below_its_start():
                                                                                [727, 545, 363, 181]]
 
 
-def test_what_turbo_refuses(tuned, quick, sentence):
+def test_what_turbo_refuses(tuned, quick, sentence, monkeypatch):
     for flags, reason in ((["--steps", "0"], "--steps must be at least 1"),
                           (["--lambda", "-1"], "--lambda must be a number"),
                           (["--lambda", "0", "--no-adversarial"], "leave no loss"),
-                          (["--start", "1000"], "--start must be between 3 and 999"),
+                          (["--t-star", "1000"], "--t-star must be between 3 and 999"),
                           (["--checkpoint", "nowhere.safetensors"], "there is no nowhere.safetensors")):
         assert reason in sentence(turbo.main, *flags)
     minimax.main(["--classes", "0-4"])
     assert "some of the classes" in sentence(turbo.main, "--checkpoint", "out/digits/minimax-0-4.safetensors")
+    assert "--features belongs to" in sentence(turbo.main, "--features", "base", "--no-adversarial")
     turbo.main(["--steps", "2"])
+    student = "out/digits/turbo.safetensors"
+    assert "was distilled to one step" in sentence(turbo.main, "--checkpoint", student, "--out", "out/two")
+    assert "was distilled to one step" in sentence(minimax.main, "--base", student, "--out", "out/two")
     assert "lambda 2.5 there" in sentence(turbo.main, "--steps", "2", "--lambda", "1")
+    monkeypatch.setitem(turbo.FIXED, "r1", 0)                   # the numbers without a flag are settings, too
+    assert "r1 1e-05 there" in sentence(turbo.main, "--steps", "2")
 
 
 def test_a_dry_run_trains_nothing(capsys):
     turbo.main(["--dry-run"])
-    assert "would train a student" in capsys.readouterr().out and not pathlib.Path("out").exists()
+    assert "would distil the base model" in capsys.readouterr().out and not pathlib.Path("out").exists()
 
 
 def test_the_discriminators_judge_is_no_judge_that_measures(monkeypatch):
@@ -376,8 +395,12 @@ def test_sdxl_turbo_draws_a_set_like_any_other_generator(sdxl, pictures, capsys)
     train_eval.main([*data, "out/pictures/distilled", "--pda", "2", "--runs", "1", "--epochs", "1"])
 
 
-def test_what_sdxl_turbo_refuses(sdxl, pictures, sentence, tmp_path):
+def test_what_sdxl_turbo_refuses(sdxl, pictures, sentence, tmp_path, monkeypatch):
     data = ["--data", str(pictures)]
+    with monkeypatch.context() as patch:                        # flags are refused before 6.9 GB are fetched
+        patch.setattr(files, "download", None)
+        assert "takes --steps 1 to 4" in sentence(sample.main, *data, *sdxl[:2], "--steps", "8")
+        assert "only 1" in sentence(sample.main, *data, *sdxl[:2], "--guidance", "3")
     for flags, reason in ((["--steps", "8"], "--steps 1 to 4, not 8"), (["--guidance", "3"], "only 1"),
                           (["--modes", "2"], "--modes has nothing to do"),
                           (["--guidance-interval", "0", "500"], "nothing to limit"),

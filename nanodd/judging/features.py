@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanodd import cli, files
+from nanodd import cli, files, processes
 from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.judging import metrics
@@ -25,18 +25,18 @@ class RealJudge(NamedTuple):
     classify: Callable         # -> (N, K), logits
 
 
-def cached_judge(folder, train, recipe, bf16, make, build, name="real_judge"):
+def cached_judge(folder, train, recipe, how, make, build, name="real_judge"):
     """The network that make() trains on all of `train`, an ImageSet; its weights are kept in `folder`.
 
-    The file is `name` and a hash of the images, the recipe's settings of a judge, bf16 (or what else there is
-    to tell apart), and the kind of device. make: () -> a trained network. build: (net, size, channels,
-    classes) -> an untrained one. folder: None keeps nothing.
+    The file is named by `name` and a hash of the images, the recipe's settings of a judge, `how` (bf16, and
+    the seed if there are several), and the kind of device. make: () -> a trained network. build:
+    (net, size, channels, classes) -> an untrained one. folder: None keeps nothing.
     """
     if folder is None:
         return make()
     device = train.images.device
     settings = (recipe.net, recipe.judge_size, recipe.protocol, recipe.augment, recipe.mean, recipe.std,
-               recipe.epochs, recipe.views, bf16, device.type)
+               recipe.epochs, recipe.views, how, device.type)
     key = hashlib.sha256(repr((imageset.fingerprint(train), settings)).encode()).hexdigest()[:16]
     path = folder / f"{name}-{key}.safetensors"
     judge = build(recipe.net, recipe.judge_size, recipe.colours, len(train.classes))
@@ -55,13 +55,17 @@ def second_judge(data, run, folder, train_judges, count_epochs, build):
     datasets.Data. run: cli.Run. train_judges, count_epochs: train_eval.py's; build: convnet.judge.
     """
     recipe, train = replace(data.recipe, net="convnet3", protocol="short"), data.train.to(run.device)
+    bf16 = cli.gains_from_bf16(run.device) if run.bf16 is None else run.bf16
 
     def make():
         epochs, seed = count_epochs(recipe, len(train.labels), len(train.classes)), 1000 * run.seed + 500
         return train_judges([train], train.pick(slice(1)), recipe, epochs, [seed], num_evals=1,
-                            bf16=cli.gains_from_bf16(run.device))[0][0]
-    judge = cached_judge(folder, train, recipe, run.seed, make, build, "second_judge")
-    return judge.eval().requires_grad_(False)
+                            bf16=bf16)[0][0]
+
+    def cached():
+        return cached_judge(folder, train, recipe, (run.seed, bf16), make, build, "second_judge")
+    processes.on_first_process(lambda: cached() and None)       # the others read its file
+    return cached().eval().requires_grad_(False)
 
 
 def pretrained(name, device):

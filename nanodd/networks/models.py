@@ -60,8 +60,8 @@ def describe_phases(data, phases):
 def describe_student(data, path, args):
     """--dry-run of turbo.py: prints what was read, and what would be trained."""
     datasets.describe(data)
-    print(f"would train a student in {args.steps} steps of {data.recipe.batch} images, and write {path}: "
-          "the same command without --dry-run")
+    print(f"would distil {args.base or 'the base model'} in {args.steps} steps of {data.recipe.batch} "
+          f"images, and write {path}: the same command without --dry-run")
 
 
 def new_base(data, path, run, network=None, steps=None, weights=None):
@@ -159,24 +159,24 @@ def new_tuned(args, run, data, phase, base, path):
 # 3. A student for one step
 
 
-def new_student(args, run, data, base, path, lr):
+def new_student(args, run, data, base, path, fixed):
     """(Start, teacher) of distilling the model in the file `base`; None if `path` is finished.
 
     Both are the same network at first; the student's weights are trained, the teacher's stay as they are.
-    args: the flags of turbo.py. lr: peak learning rate. Raises UserError as check_base, checkpoint.finished
-    and latents.prepared, and where the model was tuned on some of the classes only.
+    args: the flags of turbo.py. fixed: its numbers without a flag, among them "lr". Raises UserError as
+    check_base, checkpoint.finished and latents.prepared, and where the model knows some of the classes only.
     """
     teacher, teacher_header = load_model(base, run.device)
     config, device = teacher_header["config"], run.device
     rows = check_base({key: value for key, value in teacher_header.items() if key != "base"}, base, data)
-    if teacher_header["phase"] != [0, len(data.train.classes) - 1] and teacher_header["data"] == data.name:
-        raise UserError(f"{base} was tuned on some of the classes: a student is of a model of all classes")
-    plan = training.Plan(steps=args.steps, batch=data.recipe.batch, lr=lr, decay=True, ema=data.recipe.ema,
-                         seed=run.seed, flip=data.recipe.flip, beta1=0.,
+    if teacher_header["phase"] != [0, len(teacher_header["classes"]) - 1]:
+        raise UserError(f"{base} was tuned on some of the classes: turbo.py needs a model of all of them")
+    plan = training.Plan(steps=args.steps, batch=data.recipe.batch, lr=fixed["lr"], decay=True,
+                         ema=data.recipe.ema, seed=run.seed, flip=data.recipe.flip, beta1=0.,
                          bf16=run.in_bf16(checkpoint.width_of(config)))
     settings = {**plan._asdict(), "data": imageset.fingerprint(data.train),
                 "teacher": teacher_header["weights"], "lambda": args.weight, "adversarial": args.adversarial,
-                "features": args.features if args.adversarial else None, "start": args.start,
+                "features": args.features if args.adversarial else None, "t_star": args.t_star, **fixed,
                 "processes": processes.world(),
                 "encoder": latents.source_name(run.vae) if data.recipe.latents else None}
     if checkpoint.finished(path, settings, run.overwrite):
@@ -186,12 +186,14 @@ def new_student(args, run, data, base, path, lr):
     parameters = sum(p.numel() for p in student.parameters())
     print(f"student of {base} | {data.name}, {data.cut} | device {device}{' bf16' * plan.bf16} x "
           f"{processes.world()} | {parameters / 1e6:.2f}M parameters | {plan.steps} steps of {plan.batch} | "
-          f"lambda {args.weight:g} | features of the {args.features} | t* {args.start} | seed {run.seed}")
+          f"lambda {args.weight:g} | "
+          + (f"D looks through the {args.features}" if args.adversarial else "no discriminator")
+          + f" | t* {args.t_star} | seed {run.seed}")
     if run.compile:
         student.compile()
     schedule = checkpoint.schedule_of(teacher_header["schedule"], base, device)
     header = {**checkpoint.new_header(data, config, settings, run.command, schedule),
-              "rows": [*rows[:-1], -1], "guidance": 1.0, "start": args.start}
+              "rows": [*rows[:-1], -1], "guidance": 1.0, "t_star": args.t_star}
     rows = torch.tensor(header["rows"], device=device)
     decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, device, plan.bf16)
     teacher = teacher.to(torch.bfloat16 if plan.bf16 else torch.float32).requires_grad_(False)
@@ -254,6 +256,8 @@ def base_of(args, data, run, train_base):
 def check_base(header, base, data):
     """The classes' label-table rows, a list of K + 1. Raises UserError where the base model does not fit."""
     recipe, config = data.recipe, header["config"]
+    if "t_star" in header:
+        raise UserError(f"{base} was distilled to one step: start from the model that it was distilled from")
     if "base" in header:
         raise UserError(f"{base} is fine-tuned already: start from a base model")
     classes = data.train.classes

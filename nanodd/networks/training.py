@@ -1,7 +1,8 @@
 """What surrounds a training loop: the images of a step, optimizer, averaged weights, resuming, log.
 
-The loops themselves are diffusion.train and minimax.tune. Each is a generator that yields after every
-optimizer step, and `fit` runs it to its end: between two yields all state is consistent and can be saved.
+The loops themselves are diffusion.train, minimax.tune and turbo.distil. Each is a generator that yields after
+every optimizer step, and `fit` runs it to its end: between two yields all state is consistent and can be
+saved.
 """
 import functools
 import json

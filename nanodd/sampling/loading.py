@@ -39,10 +39,11 @@ def for_sampling(args, run, name, out):
     generator.for_sampling.
     """
     if args.checkpoint == pathlib.Path("sdxl-turbo") and not args.checkpoint.exists():
+        checks.fill_sampler(args, generator.HEADER)             # refuses flags before 6.9 GB are fetched
+        checks.guidance_of(args, generator.HEADER, generator.Schedule.T - 1)
         data = datasets.load(args.data, args.root, None, args.validation, args.skip_broken)  # for its classes
-        trained = Trained(**generator.for_sampling(args.weights, args.prompt or "{}", data, run))
-        checks.guidance_of(args, trained.header, trained.schedule.T - 1)    # raises where there is any
-        return trained
+        prompt = "{}" if args.prompt is None else args.prompt
+        return Trained(**generator.for_sampling(args.weights, prompt, data, run))
     if args.prompt is not None or args.weights is not None:
         raise UserError("--prompt and --weights belong to --checkpoint sdxl-turbo")
     folder = pathlib.Path("out", name)

@@ -1,8 +1,9 @@
 """Sheets of samples: what a network draws while it is trained, and before and after its fine-tuning.
 
 A column is a seed: a class, and noise that is the same in every row. The averaged weights draw, in few steps
-of DPM-Solver++(2M) and with the checkpoint's guidance. The noise comes from a generator of its own, and all
-weights are back in their place afterwards, so that training goes on to the same bits as without sheets.
+of DPM-Solver++(2M) and with the checkpoint's guidance; those of turbo.py in one. The noise comes from a
+generator of its own, and all weights are back in their place afterwards, so that training goes on to the same
+bits as without sheets.
 """
 import functools
 from contextlib import contextmanager
@@ -67,8 +68,8 @@ def draw(start, columns):
     shape = len(rows), header["config"]["channels"], header["config"]["size"], header["config"]["size"]
     rng, null = torch.Generator().manual_seed(trainer.plan.seed), start.rows[-1]
     noise = torch.randn(shape, generator=rng).to(rows.device)               # (n, C, H, W)
-    if "start" in header:                                       # a student, who is called once
-        loop, times = solvers.turbo, [header["start"]]
+    if "t_star" in header:                                      # a student of turbo.py: one call
+        loop, times = solvers.turbo, [header["t_star"]]
     else:
         loop, times = solvers.dpm_pp_2m, solvers.logsnr(STEPS, schedule, schedule.end(STEPS))
     sampler = SimpleNamespace(schedule=schedule, times=times)

@@ -191,11 +191,12 @@ def dpm_pp_2m(sampler, predict, noise):
 
 
 def turbo(sampler, predict, noise):
-    """Euler's ancestral sampler, with which ADD's students draw: mostly, fresh noise for x0_hat at each time.
+    """Euler's ancestral sampler, with which ADD's students draw (Sauer et al. 2023).
 
-    In z = x / alpha, whose noise is s = sigma / alpha, with u of the next time (0 at the image):
+    At every time x0_hat is formed, and noised to the next time, mostly with fresh noise. In z = x / alpha,
+    whose noise is s = sigma / alpha, with u of the next time (0 at the image):
     z_u = z + (s_down - s) eps_hat + s_up noise,  s_up^2 = u^2 (s^2 - u^2) / s^2,  s_down^2 = u^2 - s_up^2.
-    It starts at s noise. DDIM with eta = 1 is the same (a test compares them).
+    The start is z = s noise; from there, DDIM with eta = 1 makes the same steps.
     """
     at = [*levels(sampler), CLEAN]
     x = at[0].sigma * noise(0)

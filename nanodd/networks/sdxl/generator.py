@@ -28,6 +28,8 @@ from nanodd.networks.sdxl import prompts, text, tokenizer, unet, weights
 CELLS = 64                     # side of a latent: 512 pixels
 WIDTH = 1280                   # of the UNet at its coarsest level, where most of its parameters are
 SCALE = 0.13025                # one over the standard deviation of SDXL's latents
+HEADER = {"config": {"channels": 4, "size": CELLS}, "latents": True, "guidance": 1.0, "rows": [-1],
+          "t_star": 999}       # rows[-1] = -1: it is never called without a class
 CHUNK = 4                      # pictures drawn at once, whatever --batch is: some 8 GB in half precision
 
 # ----------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def encode_classes(texts, folder, device, path):
     """K prompts -> context (K, 77, 2048), pooled (K, 1280), float16 on the CPU.
 
     folder: of the six files. path: the file in which they are kept, 318 kB a prompt; where it has the same
-    prompts, encoded with the same files, no encoder is loaded. They are encoded in float32. Raises UserError
+    prompts, encoded with the same files, no encoder is loaded. The encoders work in float32. Raises UserError
     where a file is damaged.
     """
     def encode():
@@ -98,7 +100,7 @@ def encode_classes(texts, folder, device, path):
 
     names = [name for name in weights.FILES if name.startswith(("text", "token"))]
     settings = {"prompts": texts, "files": {name: weights.fingerprint(folder / name) for name in names}}
-    processes.on_first_process(lambda: files.cached(path, settings, encode) and None)
+    processes.on_first_process(lambda: files.cached(path, settings, encode) and None)   # others read the file
     tensors = files.cached(path, settings, encode)
     return tensors["context"], tensors["pooled"]
 
@@ -174,13 +176,13 @@ def for_sampling(folder, template, data, run):
         vae = autoencoder.load_autoencoder(folder / weights.VAE, run.device, dtype, SCALE)
     if run.compile:
         network.compile()
-    facts = repr((texts, [weights.fingerprint(folder / name) for name in weights.FILES]))
+    identity = repr((texts, [weights.fingerprint(folder / name) for name in weights.FILES]))
     K, schedule = len(texts), Schedule()
-    header = {"config": {"channels": 4, "size": CELLS}, "schedule": schedule.name, "latents": True,
+    header = {**HEADER, "config": {"channels": 4, "size": CELLS}, "schedule": schedule.name,
               "data": data.name, "recipe": data.recipe.name, "classes": data.train.classes,
-              "phase": [0, K - 1], "rows": [*range(K), -1], "guidance": 1.0, "start": schedule.T - 1,
-              "prompted": {"prompts": texts, "dtype": str(half)},
-              "weights": hashlib.sha256(facts.encode()).hexdigest()[:16]}
+              "phase": [0, K - 1], "rows": [*range(K), -1],
+              "extra_settings": {"prompts": texts, "dtype": str(half)},
+              "weights": hashlib.sha256(identity.encode()).hexdigest()[:16]}
     return {"source": "SDXL-Turbo", "network": network, "header": header, "phases": [(0, K - 1, {})],
             "guide": {"guidance": 1.0, "channels": None, "interval": (0, schedule.T - 1)},
             "schedule": schedule,

@@ -17,9 +17,11 @@ LENGTH = 77                    # ids in a prompt, with those of its start and it
 
 
 def kind(character):
-    """What a word is made of: "space", "L" (letters), "N" (numbers) or "other", by Unicode's categories."""
+    """The kind of a character: "space", "L" (letter), "N" (number) or "other", by Unicode's categories."""
+    if character.isspace():
+        return "space"
     category = unicodedata.category(character)[0]
-    return "space" if character.isspace() else category if category in "LN" else "other"
+    return category if category in "LN" else "other"
 
 
 def words(text):

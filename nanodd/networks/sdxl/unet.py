@@ -1,7 +1,7 @@
 """SDXL's UNet: a convolutional network with attention to the prompt, which predicts the noise of latents.
 
     e     = MLP(waves(t)) + MLP(pooled, waves(H, W, 0, 0, H, W))         added in every residual block
-    x     = x + attention(x), x + attention(x, prompt), x + feed_forward(x)     in transformer blocks
+    x     = x + attention(norm(x));  x + attention(norm(x), prompt);  x + feed_forward(norm(x))       in turn
     x     = block(cat[x, skip])                          skips join the way down to the way up
 
 2,567,463,684 parameters, most of them in 70 transformer blocks; 1.6 TFLOP for a picture of 512 pixels.
@@ -156,7 +156,10 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: ResBlocks, the first of them followed by a Transformer each; then a change of size."""
+    """One resolution: ResBlocks, each of the first len(attentions) followed by a Transformer; then a resize.
+
+    The UNet calls them one by one, since the skips lie between them.
+    """
 
     def __init__(self, resnets, transformers, down=None, up=None):
         super().__init__()
@@ -186,7 +189,7 @@ class UNet(nn.Module):
 
         def level(inputs, width, depth, transformers, **resize):
             transformers = range(transformers if depth else 0)
-            return Level([ResBlock(channels, width, time) for channels in inputs],
+            return Level([ResBlock(c, width, time) for c in inputs],
                          [Transformer(width, depth, context, head) for _ in transformers], **resize)
         self.conv_in = conv3(4, channels[0])
         self.time_embedding = Embedding(channels[0], time)
