@@ -12,7 +12,7 @@
 This is adversarial diffusion distillation (ADD, Sauer et al. 2023, eq. 1 to 4), which made SDXL-Turbo.
 Student and teacher start as the same network, and the teacher stays as it is; neither uses guidance. D is a
 small head on each depth of a frozen network, and learns in turn with the student: L_D = max(0, 1 - D(real)) +
-max(0, 1 + D(generated)) + R1. --lambda 0 leaves L_adv alone, --no-adversarial L_dist. Writes
+max(0, 1 + D(generated)) + R1. --lambda 0 trains with L_adv only, --no-adversarial with L_dist only. Writes
 out/digits/turbo.safetensors (the averaged weights), turbo.log.jsonl (the losses; "real" and "generated" are
 D's mean answers), turbo.png, a row of one-step samples after each tenth of the steps, and the judge that D
 looks through. A stopped run resumes; on a CPU its final weights are the same to the bit. Sources besides:
