@@ -75,8 +75,8 @@ def sets_row(tune, flags, ipc, data, bf16, compare, timed):
     for seed in range(RUNS):
         type_in(draw.replace("--seed S", f"--seed {seed}").replace(f"{out}-S", f"{out}-{seed}"))
         sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
-    return {**digits_rows.judged(sets, data, bf16, compare), "per_thousand": per_thousand(path, flags) if timed else None,
-            "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
+    return {**digits_rows.judged(sets, data, bf16, compare),
+            "per_thousand": per_thousand(path, flags) if timed else None, "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
                                                              "--metrics --runs 1 --seed S"]))}
 
 
