@@ -4,6 +4,7 @@ No benchmark by itself: `python benchmarks/digits.py` measures them, on the test
 made here, since no command makes them: regression, which trains the student on pairs of noise and the base
 model's image of it in 50 steps, and "base, then student", which takes the base for the first of two calls.
 """
+import functools
 import json
 import pathlib
 import shutil
@@ -75,9 +76,10 @@ def sets_row(tune, flags, ipc, data, bf16, compare, timed):
     for seed in range(RUNS):
         type_in(draw.replace("--seed S", f"--seed {seed}").replace(f"{out}-S", f"{out}-{seed}"))
         sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
+    judge = f"python train_eval.py {out}-S/distilled --metrics --runs 1 --seed S"
     return {**digits_rows.judged(sets, data, bf16, compare),
-            "per_thousand": per_thousand(path, flags) if timed else None, "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
-                                                             "--metrics --runs 1 --seed S"]))}
+            "per_thousand": per_thousand(path, flags) if timed else None,
+            "command": "; ".join(filter(None, [tuning, draw, judge]))}
 
 
 def budget_row(tune, flags, seconds, data, bf16):
@@ -105,8 +107,9 @@ def trained(network, header):
     return loading.Trained("", network.eval(), header, phases, schedule, guide, lambda x: x, None, False)
 
 
-def regression(data):
-    """The base model after regression on pairs of noise and image: (Trained, t* of its start).
+@functools.cache
+def regression(recipe):
+    """The base model after regression on pairs of noise and image, as a loading.Trained. recipe: the digits'.
 
     As many steps as turbo.py's, at its rate. x at t* is noise alone, as for a student.
     """
@@ -117,8 +120,8 @@ def regression(data):
     names = [(header["classes"][label], index) for label, index in items]
     noise = sample.image_noise(1, names, images.shape[1:], "cpu")(0)
     x0, y, schedule = imageset.to_float(images), torch.tensor([label for label, _ in items]), teacher.schedule
-    plan = training.Plan(steps=turbo.STEPS, batch=data.recipe.batch, lr=turbo.FIXED["lr"], decay=True,
-                         ema=data.recipe.ema, seed=0, flip=False)
+    plan = training.Plan(steps=turbo.STEPS, batch=recipe.batch, lr=turbo.FIXED["lr"], decay=True,
+                         ema=recipe.ema, seed=0, flip=False)
     trainer = training.Trainer(network, plan)
     for step in range(plan.steps):
         index = training.batch_index(PAIRS, plan.batch, step, 0)
@@ -146,7 +149,7 @@ class BaseThenStudent(nn.Module):
 def compared(kind, ipc, data, bf16, compare):
     """A set of a network that no command draws, and a judge of it, for each of five seeds."""
     if kind == "regression, 1 step":
-        drawer = regression(data)
+        drawer = regression(data.recipe)
         sampler = sample.sampler_of("turbo", 1, schedule=drawer.schedule, start=turbo.T_STAR)
     else:                                                       # base, then student
         path, _ = student("")
