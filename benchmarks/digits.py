@@ -119,6 +119,7 @@ def pictures(data):
     shutil.copy("out/bench/tuned/steps-10-guidance-1-ipc-10-0/distilled.png", assets / "distilled.png")
     shutil.copy("out/bench/tuned/minimax.png", assets / "minimax.png")
     shutil.copy("out/digits/base.png", assets / "base.png")
+    shutil.copy(f"{digits_turbo.HOME}/sets/student-steps-1-10-0/distilled.png", assets / "turbo.png")
     flags = f"--checkpoint out/digits/base.safetensors --steps 10 --guidance {data.recipe.guidance:g}"
     type_in(f"python sample.py {flags} --ipc 50 --out out/bench/base/tsne")
     sets = {"base": "base/tsne", "fine-tuned": "tuned/steps-10-guidance-1-ipc-50-0",
