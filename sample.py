@@ -7,7 +7,7 @@
     python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow; or --steps auto
     python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
-    python sample.py --checkpoint out/digits/turbo.safetensors          # turbo.py's student, in one call
+    python sample.py --checkpoint out/digits/turbo.safetensors --out out/digits/turbo   # turbo.py's, one step
     python sample.py --data cifar100 --checkpoint sdxl-turbo --minutes 10       # SDXL-Turbo, from class names
     torchrun --nproc-per-node=4 sample.py ...    # the same files from four GPUs
 
@@ -249,7 +249,7 @@ def main(argv=None):
                         help="what to sample from, a file or a folder of phases (default: what minimax.py "
                              "wrote to --out or out/NAME; else what came with the code, in weights/NAME)")
     parser.add_argument("--steps", type=checks.number_or_auto, metavar="N|auto", help="network calls; auto: "
-                        "the best count for the budget (default: 10; of one-step models 1)")
+                        "the best count for the budget (default: 10; of one-step models 1, up to 4)")
     parser.add_argument("--sampler", choices=SAMPLERS,
                         help="dpm1 to dpm3: DPM-Solver of that order; dpm-fast: U-ViT's, at 50 steps; "
                              "dpm++2m: DPM-Solver++; turbo: one-step models' (default: ddim)")

@@ -7,17 +7,17 @@
 
     python turbo.py                              # 4.6 minutes on two CPU cores, the base model not included
     python turbo.py --checkpoint out/digits/minimax.safetensors --out out/tuned     # of a fine-tuned model
-    python sample.py --checkpoint out/digits/turbo.safetensors      # one call an image; or --steps 2
+    python sample.py --checkpoint out/digits/turbo.safetensors --out out/digits/turbo       # or --steps 2
 
 This is adversarial diffusion distillation (ADD, Sauer et al. 2023, eq. 1 to 4), which made SDXL-Turbo.
 Student and teacher start as the same network, and the teacher stays as it is; neither uses guidance. D is a
 small head on each depth of a frozen network, and learns in turn with the student: L_D = max(0, 1 - D(real)) +
 max(0, 1 + D(generated)) + R1. --lambda 0 trains with L_adv only, --no-adversarial with L_dist only. Writes
 out/digits/turbo.safetensors (the averaged weights), turbo.log.jsonl (the losses; "real" and "generated" are
-D's mean answers), turbo.png, a row of one-step samples after each tenth of the steps, and the judge that D
-looks through. A stopped run resumes; on a CPU its final weights are the same to the bit. Sources besides:
-Sauer et al. 2024 (LADD: D on noised images), Lim & Ye 2017 (hinge), Mescheder et al. 2018 (R1), Miyato &
-Koyama 2018 (D of classes), Zhao et al. 2020 (augmentation in front of D).
+D's mean answers), turbo.png, a row of one-step samples after each tenth of the steps, and the classifier of
+real images that D looks through. A stopped run resumes; on a CPU to the same bits. Sources besides: Sauer et
+al. 2024 (LADD: D on noised images), Lim & Ye 2017 (hinge), Mescheder et al. 2018 (R1), Miyato & Koyama 2018
+(D of classes), Zhao et al. 2020 (augmentation in front of D).
 """
 import argparse
 import functools
@@ -253,7 +253,7 @@ def train_student(args, run, data, base, path):
     (start, teacher), discriminator = built, None
     if args.adversarial:
         if args.features == "judge":
-            judge = features.second_judge(data, run, path.parent, train_judges, count_epochs, convnet.judge)
+            judge = features.second_judge(data, run, train_judges, count_epochs, convnet.judge)
             tokens_of = judge_features(judge, data.recipe)
         else:
             tokens_of = noised_features(teacher, start.schedule)
@@ -292,8 +292,8 @@ def main(argv=None):
         if args.dry_run:
             return models.describe_student(data, path, args)
         train_student(args, run, data, models.base_of(args, data, run, train_base), path)
-        print(f"{path} -> python sample.py --checkpoint {shlex.quote(str(path))}"
-              f"{cli.data_flags(args, '--out')}")
+        args.out, quoted = path.with_suffix(""), shlex.quote(str(path))     # beside the base's set
+        print(f"{path} -> python sample.py --checkpoint {quoted}{cli.data_flags(args, '--out')}")
 
 
 if __name__ == "__main__":

@@ -161,13 +161,16 @@ def fill_sampler(args, header):
     Raises UserError for flags that it cannot follow.
     """
     if "t_star" not in header:
+        if args.sampler == "turbo":
+            raise UserError("--sampler turbo is that of one-step models: python turbo.py makes one")
         args.sampler, args.steps = args.sampler or "ddim", 10 if args.steps is None else args.steps
         return
     flags = {"--sampler": args.sampler not in (None, "turbo"), "--grid": args.grid not in (None, "trailing"),
              "--eta": args.eta, "--modes": args.modes}
     given = [flag for flag, value in flags.items() if value]
     if given:
-        raise UserError(f"{given[0]} has nothing to do here: a one-step model has its own sampler and times")
+        raise UserError(f"{given[0]} has nothing to do here: a one-step model has its own sampler and times"
+                        + ", too few to be pulled to modes" * (given[0] == "--modes"))
     args.steps = 1 if args.steps is None else args.steps
     if args.steps not in range(1, 5):
         raise UserError(f"a one-step model takes --steps 1 to 4, not {args.steps}")
@@ -181,10 +184,12 @@ def guidance_of(args, header, last):
     """
     unguided, channels = header["rows"][-1] < 0, header["config"]["channels"]
     guidance = (1.0 if unguided else header["guidance"]) if args.guidance is None else args.guidance
+    if "t_star" in header and guidance != 1:
+        raise UserError(f"a one-step model was trained without guidance: --guidance {guidance:g} cannot be, "
+                        "only 1")
     if unguided and guidance != 1:
         raise UserError("this checkpoint's label table has no row for \"no class\", as published U-ViT "
-                        "weights and one-step models have none: "
-                        f"--guidance {guidance:g} cannot be, only 1")
+                        f"weights have none: --guidance {guidance:g} cannot be, only 1")
     if args.cfg_channels is not None and not 1 <= args.cfg_channels <= channels:
         raise UserError(f"--cfg-channels must be between 1 and {channels}, not {args.cfg_channels}")
     if args.cfg_channels is not None and guidance == 1:

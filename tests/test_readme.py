@@ -267,6 +267,46 @@ def test_what_is_said_of_two_seconds_and_of_more_data_is_what_was_measured():
     assert abs(more["mean"] - full["mean"]) < max(more["std"], full["std"])
 
 
+def test_what_is_said_of_one_step_is_what_was_measured():
+    import digits
+    from report import spread
+    rows = results.read_rows(digits.RESULTS)
+    of = {(row["row"], row["asked"]): row for row in rows if row["table"] == "turbo"}
+    timed = {(row["row"], row["asked"]): row for row in rows if row["table"] == "turbo-seconds"}
+    said = lambda *key: spread(of[key])[:-4]                    # without the number of runs
+    metric = lambda name, *key: f"{of[key]['metrics'][name]:.2f}"
+    one, two, five, ten = "student, 1 step", "student, 2 steps", "base, DDIM, 5 steps", "base, DDIM, 10 steps"
+    assert (f"makes {said(one, 10)} % at ten a class and {said(one, 50)} % at fifty, the base in ten steps "
+            f"{said(ten, 10)} and {said(ten, 50)} %.") in DIGITS
+    gains = [of[ten, ipc]["per_thousand"] / of[one, ipc]["per_thousand"] for ipc in (10, 50)]
+    assert "draws {:.1f} and {:.1f} times as many images a second".format(*gains) in DIGITS
+    assert of[one, 10]["mean"] > of[ten, 10]["mean"] - 1        # within one point of ten steps
+    assert (f"at fifty a class falls from {metric('recall', ten, 50)} to {metric('recall', one, 50)}, while "
+            f"precision rises from {metric('precision', ten, 50)} to "
+            f"{metric('precision', one, 50)}.") in DIGITS
+    assert (f"two steps recall is {metric('recall', two, 50)}, at a precision of "
+            f"{metric('precision', two, 50)}, and the accuracy {said(two, 50)} %") in DIGITS
+    starts = [(name, 10) for name in ("t* 999, 1 step", "t* 727, 1 step", "t* 500, 1 step", one)]
+    assert "makes {} % from t = 999, {} from 727, {} from 500 and {} from 400, with recalls of".format(
+        *(said(*key) for key in starts)) in DIGITS
+    assert "recalls of {}, {}, {} and {}.".format(*(metric("recall", *key) for key in starts)) in DIGITS
+    alone, dist = ("lambda 0, 1 step", 10), ("L_dist alone, 1 step", 10)
+    assert (f"alone (lambda 0) makes {said(*alone)} %, the distillation loss alone {said(*dist)} % at a "
+            f"recall of {metric('recall', *dist)}.") in DIGITS
+    look, pairs = ("features of the base, 1 step", 10), "regression, 1 step"
+    assert f"makes {said(*look)} % at a recall of {metric('recall', *look)}." in DIGITS
+    assert (f"makes {said(pairs, 10)} % at ten and {said(pairs, 50)} % at fifty a class, with a recall of "
+            f"{metric('recall', pairs, 50)} at fifty") in DIGITS
+    mixed = "base, then student"
+    assert (f"makes {said(mixed, 10)} % at ten and {said(mixed, 50)} % at fifty, at recalls of "
+            f"{metric('recall', mixed, 10)} and {metric('recall', mixed, 50)}.") in DIGITS
+    within = lambda seconds, *names: [spread(timed[name, seconds])[:-4] for name in names]
+    assert ("half a second the student makes {} % in one step and {} % in two, the base {} % in five steps "
+            "and {} % in ten").format(*within(.5, one, two, five, ten)) in DIGITS
+    assert "the four make {}, {}, {} and {} %.".format(*within(10, one, two, five, ten)) in DIGITS
+    assert (turbo.STEPS, turbo.LAMBDA, turbo.T_STAR) == (2000, 2.5, 400)
+
+
 def test_what_is_said_of_the_solvers_is_what_was_measured():
     import digits
     rows = {(row["row"], row["steps"]): row for row in results.read_rows(digits.RESULTS)

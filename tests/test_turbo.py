@@ -320,7 +320,8 @@ def test_one_step_is_the_default_and_four_are_the_most(student, capsys, sentence
     for flags in (["--sampler", "ddim"], ["--grid", "uniform"], ["--eta", "1"],
                   ["--modes", "2", "--steps", "2"]):
         assert f"{flags[0]} has nothing to do here" in sentence(sample.main, *STUDENT, *flags)
-    assert 'no row for "no class"' in sentence(sample.main, *STUDENT, "--guidance", "2")
+    assert "trained without guidance" in sentence(sample.main, *STUDENT, "--guidance", "2")
+    assert "is that of one-step models" in sentence(sample.main, "--sampler", "turbo")
     assert "nothing to limit" in sentence(sample.main, *STUDENT, "--guidance-interval", "0", "500")
 
 
@@ -362,12 +363,11 @@ def test_the_discriminators_judge_is_no_judge_that_measures(monkeypatch):
         return [(convnet.judge(recipe.net, recipe.judge_size, recipe.colours, 10), [0.])]
     for seed in (0, 3):
         run = cli.Run("", torch.device("cpu"), seed, False, False, False, False, "ema")
-        judge = features.second_judge(data, run, pathlib.Path("out"), train_judges, train_eval.count_epochs,
-                                      convnet.judge)
-        again = features.second_judge(data, run, pathlib.Path("out"), None, None, convnet.judge)
+        judge = features.second_judge(data, run, train_judges, train_eval.count_epochs, convnet.judge)
+        again = features.second_judge(data, run, None, None, convnet.judge)
         assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), again.parameters(), strict=True))
         assert not any(parameter.requires_grad for parameter in judge.parameters())
-    assert seen == [500, 3500] and len(list(pathlib.Path("out").glob("second_judge-*"))) == 2
+    assert seen == [500, 3500] and len(list(pathlib.Path("out/digits").glob("second_judge-*"))) == 2
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ feature vectors. A judge that was trained on all real images knows the data set'
 network (timm:NAME) is the same for all data sets.
 """
 import hashlib
+import pathlib
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,8 +49,8 @@ def cached_judge(folder, train, recipe, how, make, build, name="real_judge"):
     return judge.to(device)
 
 
-def second_judge(data, run, folder, train_judges, count_epochs, build):
-    """A frozen ConvNetD3 judge of all training images for turbo.py's discriminator, kept in `folder`.
+def second_judge(data, run, train_judges, count_epochs, build):
+    """A frozen ConvNetD3 judge of all training images for turbo.py's discriminator, kept in out/NAME.
 
     Its seed is no other judge's: the network that a student learned to please must not measure it. data:
     datasets.Data. run: cli.Run. train_judges, count_epochs: train_eval.py's; build: convnet.judge.
@@ -63,7 +64,8 @@ def second_judge(data, run, folder, train_judges, count_epochs, build):
                             bf16=bf16)[0][0]
 
     def cached():
-        return cached_judge(folder, train, recipe, (run.seed, bf16), make, build, "second_judge")
+        folder, how = pathlib.Path("out", data.name), (run.seed, bf16)
+        return cached_judge(folder, train, recipe, how, make, build, "second_judge")
     processes.on_first_process(lambda: cached() and None)       # the others read its file
     return cached().eval().requires_grad_(False)
 
