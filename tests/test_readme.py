@@ -292,14 +292,19 @@ def test_what_is_said_of_one_step_is_what_was_measured():
     assert "recalls of {}, {}, {} and {}.".format(*(metric("recall", *key) for key in starts)) in DIGITS
     alone, dist = ("lambda 0, 1 step", 10), ("L_dist alone, 1 step", 10)
     assert (f"alone (lambda 0) makes {said(*alone)} %, the distillation loss alone {said(*dist)} % at a "
-            f"recall of {metric('recall', *dist)}.") in DIGITS
+            f"recall of {metric('recall', *dist)}: it draws the average of a class") in DIGITS
     look, pairs = ("features of the base, 1 step", 10), "regression, 1 step"
     assert f"makes {said(*look)} % at a recall of {metric('recall', *look)}." in DIGITS
     assert (f"makes {said(pairs, 10)} % at ten and {said(pairs, 50)} % at fifty a class, with a recall of "
             f"{metric('recall', pairs, 50)} at fifty") in DIGITS
+    assert of[pairs, 50]["metrics"]["recall"] > of[one, 50]["metrics"]["recall"]
     mixed = "base, then student"
     assert (f"makes {said(mixed, 10)} % at ten and {said(mixed, 50)} % at fifty, at recalls of "
             f"{metric('recall', mixed, 10)} and {metric('recall', mixed, 50)}.") in DIGITS
+    assert (f"own second step, which makes {said(two, 10)} and {said(two, 50)} %; four make "
+            f"{said('student, 4 steps', 10)} % at ten a class") in DIGITS
+    centroid, = (row for row in rows if row["row"] == "real, k-means centroids" and row["asked"] == 1)
+    assert abs(of[dist]["mean"] - centroid["mean"]) < 1         # "about as well as one k-means centroid"
     within = lambda seconds, *names: [spread(timed[name, seconds])[:-4] for name in names]
     assert ("half a second the student makes {} % in one step and {} % in two, the base {} % in five steps "
             "and {} % in ten").format(*within(.5, one, two, five, ten)) in DIGITS
@@ -436,6 +441,16 @@ def test_the_speed_at_imagenets_size_is_what_was_measured():
     assert (f"made {tuning['steps_per_second']:.2f} steps of 8 images a second, {tuning['cache_gain']:.1f} "
             "times as many as with the autoencoder in the loop, and the min-max losses cost "
             f"{100 * tuning['losses_share']:.1f} % of a step") in SPEED
+
+
+def test_the_speed_of_sdxl_turbo_is_what_was_measured():
+    row = json.loads((ROOT / "results/sdxl-speed.jsonl").read_text().splitlines()[0])
+    whole, network, decoder = (row["parts"][name] for name in ("all", "unet", "decoder"))
+    assert f"a picture took {whole['seconds']:.1f} s on two CPU cores in bfloat16" in CHALLENGE
+    assert (f"{row['matrix_tflops']:.2f} TFLOP/s of matrix product), at {100 * whole['share']:.0f} % of the "
+            f"matrix product's rate: {network['seconds']:.1f} s in the network, {decoder['seconds']:.1f} s "
+            f"in the decoder. A prompt took {row['prompt_seconds']:.1f} s, once; the process had "
+            f"{row['peak_gb']:.1f} GB at most") in CHALLENGE
 
 
 def test_the_sizes_at_imagenets_scale_follow_from_the_recipe():
