@@ -20,7 +20,6 @@ import pathlib
 from typing import NamedTuple
 
 import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -44,7 +43,7 @@ class Schedule:
     abar: (T,) float64 on the CPU, from 0.9999 (t = 0, one step of noise) down to 4e-5 (t = 999, all noise).
     signal, noise: sqrt(abar) and sqrt(1 - abar), (T,) float32 on `device`. Our t is Ho et al.'s t - 1.
     """
-    name, T = "linear", 1000
+    name, T, discrete = "linear", 1000, True
 
     def __init__(self, device="cpu"):
         self.abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, self.T, dtype=torch.float64), dim=0)
@@ -71,9 +70,7 @@ class Schedule:
 
     def abar_at(self, t):
         """abar, a float, at one t in [0, 999]; between whole t, log abar is interpolated (for DPM-Solver)."""
-        if t == int(t):                                         # exact, without the rounding of log and exp
-            return self.abar[int(t)].item()
-        return math.exp(np.interp(t, range(self.T), self.abar.log()))
+        return ddpm.abar_at(self.abar, t)
 
     def end(self, steps):
         """The t at which a sampler of `steps` steps ends: 0 for this schedule, above 0 for U-ViT's."""

@@ -56,7 +56,7 @@ def timesteps(count, grid="uniform", schedule=None, calls=None, start=Schedule.T
     Raises UserError where count is outside 1..T, or as solvers.stride.
     """
     schedule, T = schedule or Schedule(), Schedule.T
-    end, discrete = schedule.end(calls or count), schedule.name.endswith("linear")
+    end, discrete = schedule.end(calls or count), schedule.discrete
     near = round if discrete else float                         # DiT was trained on integer t only
     if not 1 <= count <= T:
         raise UserError(f"--steps must be between 1 and {T}, not {count}")
@@ -293,7 +293,6 @@ def draw_set(args, run):
     out = args.out or pathlib.Path("out", name)
     trained = loading.for_sampling(args, run, name, out)
     header, guide = trained.header, trained.guide
-    checks.fill_sampler(args, header)                           # a one-step model has its own sampler
     grid = args.grid or SAMPLERS[args.sampler][1]
     place = distilled.Place(out, header["classes"], args.npz)
     mode_arguments, mode_settings = modes.of_flags(args, run, header, ipc)

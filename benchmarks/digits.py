@@ -72,9 +72,7 @@ def solver_row(sampler, steps, data, bf16):
     if sampler is None:
         sets = digits_rows.random_sets(data, RUNS)
     else:
-        for seed in range(RUNS):
-            type_in(draw.replace("S", str(seed)))
-        sets = [baselines.read_distilled(f"{out}-{seed}/distilled", data) for seed in range(RUNS)]
+        sets, _ = digits_rows.drawn_sets(draw, out, data, RUNS)
     firsts = [baselines.first_per_class(found, 1) for found in sets]
     epochs = count_epochs(data.recipe, len(sets[0].labels), len(data.train.classes))    # and of the firsts
     judges = train_judges(sets + firsts, data.test, data.recipe, epochs,

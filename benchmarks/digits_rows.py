@@ -167,16 +167,22 @@ def judged(sets, data, bf16, compare):
             **summary("accuracy", [accuracies[seed] for seed in range(len(sets))]), "metrics": compare(sets)}
 
 
+def drawn_sets(draw, out, data, runs):
+    """Types `draw`, whose S is the seed, for each of `runs` seeds: the sets in out-S, and their seconds."""
+    sets, seconds = [], []
+    for seed in range(runs):
+        type_in(draw.replace("S", str(seed)))
+        sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
+        seconds.append(json.loads(pathlib.Path(f"{out}-{seed}", "distilled.json").read_text())["seconds"])
+    return sets, seconds
+
+
 def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
     """A set, and a judge of it, for each of `runs` seeds, so that two rows are paired."""
     checkpoint, tuning = tuned(tune, validation=False)
     out = folder(checkpoint, flags)
     draw = f"python sample.py --checkpoint {checkpoint} {flags} --seed S --out {out}-S"
-    sets, drawn = [], []
-    for seed in range(runs):
-        type_in(draw.replace("S", str(seed)))
-        sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
-        drawn.append(json.loads(pathlib.Path(f"{out}-{seed}", "distilled.json").read_text())["seconds"])
+    sets, drawn = drawn_sets(draw, out, data, runs)
     return {**judged(sets, data, bf16, compare), "drawn": round(statistics.mean(drawn), 2),
             "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}-S/distilled "
                                                              "--metrics --runs 1 --seed S"]))}

@@ -17,7 +17,6 @@ import digits_rows
 import sample
 import turbo
 from nanodd.data import imageset
-from nanodd.judging import baselines
 from nanodd.networks import checkpoint, models, training
 from nanodd.sampling import loading
 from report import type_in
@@ -72,10 +71,7 @@ def sets_row(tune, flags, ipc, data, bf16, compare, timed):
     path, tuning = student(tune)
     out = f"{HOME}/sets/{path.split('/')[-2]}-{digits_rows.slug(flags)}-{ipc}".replace("+", "p")
     draw = f"python sample.py --checkpoint {path} {flags} --ipc {ipc} --seed S --out {out}-S"
-    sets = []
-    for seed in range(RUNS):
-        type_in(draw.replace("--seed S", f"--seed {seed}").replace(f"{out}-S", f"{out}-{seed}"))
-        sets.append(baselines.read_distilled(f"{out}-{seed}/distilled", data))
+    sets, _ = digits_rows.drawn_sets(draw, out, data, RUNS)
     judge = f"python train_eval.py {out}-S/distilled --metrics --runs 1 --seed S"
     return {**digits_rows.judged(sets, data, bf16, compare),
             "per_thousand": per_thousand(path, flags) if timed else None,

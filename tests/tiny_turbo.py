@@ -22,7 +22,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(text, "TOKENS", len(VOCABULARY))
     monkeypatch.setattr(unet, "UNet", functools.partial(unet.UNet, **UNET))
     monkeypatch.setattr(autoencoder, "WIDTHS", (32, 32, 64, 64))
-    monkeypatch.setattr(generator, "CELLS", 4)
+    monkeypatch.setitem(generator.HEADER, "config", {"channels": 4, "size": 4})
 
 
 def write(folder, monkeypatch):

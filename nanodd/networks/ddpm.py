@@ -7,11 +7,19 @@ Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Peebl
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 # ----------------------------------------------------------------------------------------------------
 # 1. One step back, when x_0 is known
+
+
+def abar_at(abar, t):
+    """abar of the table abar (T,) at t in [0, T - 1], a float; between whole t, its logarithm is linear."""
+    if t == int(t):                                             # exact, without the rounding of log and exp
+        return abar[int(t)].item()
+    return math.exp(np.interp(t, range(len(abar)), abar.log()))
 
 
 def posterior(abar, abar_prev):

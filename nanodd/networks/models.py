@@ -64,6 +64,15 @@ def describe_student(data, path, args):
           f"images, and write {path}: the same command without --dry-run")
 
 
+def start_of(model, plan, data, run, examples, schedule, header):
+    """The Start of training `model` on `examples`, with the label-table rows of `header`."""
+    if run.compile:
+        model.compile()
+    decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, run.device, plan.bf16)
+    return Start(training.Trainer(model, plan), examples, torch.tensor(header["rows"], device=run.device),
+                 schedule, header, decoder)
+
+
 def new_base(data, path, run, network=None, steps=None, weights=None):
     """The Start of training a base model; None where none is left to train. Arguments: train_base's.
 
@@ -92,13 +101,9 @@ def new_base(data, path, run, network=None, steps=None, weights=None):
     print(f"base model | {data.name} | device {device}{' bf16' * plan.bf16} | {parameters / 1e6:.2f}M "
           f"parameters | {len(examples.labels)} images | {plan.steps} steps of {plan.batch} | "
           f"seed {plan.seed}")
-    if run.compile:
-        model.compile()
     schedule = checkpoint.backbone_of(config).schedule(device)
     header = checkpoint.new_header(data, config, settings, run.command, schedule)
-    rows = torch.tensor(header["rows"], device=device)
-    decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, device, plan.bf16)
-    return Start(training.Trainer(model, plan), examples, rows, schedule, header, decoder)
+    return start_of(model, plan, data, run, examples, schedule, header)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -144,15 +149,11 @@ def new_tuned(args, run, data, phase, base, path):
           f"{sum(p.numel() for p in model.parameters()):,} parameters tuned | {plan.steps} steps of "
           f"{plan.batch} | lambda_r {args.lambda_r:g} lambda_d {args.lambda_d:g} | "
           f"memory {','.join(args.memory)} x {args.slots} | seed {run.seed}")
-    if run.compile:
-        model.compile()
     schedule = checkpoint.schedule_of(base_header["schedule"], base, run.device)
     header = {**checkpoint.new_header(data, config, settings, run.command, schedule), "rows": rows,
               "phase": phase, "base": {"file": os.path.relpath(base, path.parent),
                                        "fingerprint": base_header["fingerprint"]}}
-    rows = torch.tensor(rows, device=run.device)
-    decoder = functools.partial(latents.decoder_of, recipe.latents, run.vae, run.device, plan.bf16)
-    return Start(training.Trainer(model, plan), examples, rows, schedule, header, decoder)
+    return start_of(model, plan, data, run, examples, schedule, header)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -189,15 +190,11 @@ def new_student(args, run, data, base, path, fixed):
           f"lambda {args.weight:g} | "
           + (f"D looks through the {args.features}" if args.adversarial else "no discriminator")
           + f" | t* {args.t_star} | seed {run.seed}")
-    if run.compile:
-        student.compile()
     schedule = checkpoint.schedule_of(teacher_header["schedule"], base, device)
     header = {**checkpoint.new_header(data, config, settings, run.command, schedule),
               "rows": [*rows[:-1], -1], "guidance": 1.0, "t_star": args.t_star}
-    rows = torch.tensor(header["rows"], device=device)
-    decoder = functools.partial(latents.decoder_of, data.recipe.latents, run.vae, device, plan.bf16)
     teacher = teacher.to(torch.bfloat16 if plan.bf16 else torch.float32).requires_grad_(False)
-    return Start(training.Trainer(student, plan), examples, rows, schedule, header, decoder), teacher
+    return start_of(student, plan, data, run, examples, schedule, header), teacher
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ class ContinuousSchedule:
 
     Outside of this class t is in [0, 999], as for DiT; the network is given that t.
     """
-    name = "vp"
-    T = 1000
+    name, T, discrete = "vp", 1000, False
     LAST = T - 1
 
     def __init__(self, device="cpu"):

@@ -33,10 +33,10 @@ class Trained(NamedTuple):
 
 
 def for_sampling(args, run, name, out):
-    """The Trained network of the data set `name` that the flags choose.
+    """The Trained network of the data set `name` that the flags choose; fills in --sampler, --grid, --steps.
 
-    out: the folder of results. Raises UserError as find_checkpoint, load_for_sampling, checks.guidance_of and
-    generator.for_sampling.
+    out: the folder of results. Raises UserError as find_checkpoint, load_for_sampling, checks.fill_sampler,
+    checks.guidance_of and generator.for_sampling.
     """
     if args.checkpoint == pathlib.Path("sdxl-turbo") and not args.checkpoint.exists():
         checks.fill_sampler(args, generator.HEADER)             # refuses flags before 6.9 GB are fetched
@@ -51,6 +51,7 @@ def for_sampling(args, run, name, out):
                              pathlib.Path("weights", name, "base.safetensors"))
     network, header, phases = load_for_sampling(source, name, run.device)
     schedule = checkpoint.schedule_of(header["schedule"], source, run.device)
+    checks.fill_sampler(args, header)                           # a one-step model has its own sampler
     guide = checks.guidance_of(args, header, schedule.T - 1)
     bf16 = run.in_bf16(checkpoint.width_of(header["config"]))
     network = network.to(torch.bfloat16 if bf16 else torch.float32)

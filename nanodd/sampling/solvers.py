@@ -76,7 +76,7 @@ def stride(count, schedule):
     Raises UserError where no stride gives exactly `count` times, or where the schedule is continuous.
     """
     T = schedule.T
-    if not schedule.name.endswith("linear"):
+    if not schedule.discrete:
         raise UserError("--grid stride counts the 1,000 steps of DiT's schedule; this checkpoint's is "
                         "continuous: choose another --grid")
     if count == 1:

@@ -13,7 +13,6 @@ import pathlib
 import re
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,14 +21,14 @@ from tqdm import tqdm
 
 from nanodd import files, processes
 from nanodd.errors import UserError
-from nanodd.networks import autoencoder
+from nanodd.networks import autoencoder, ddpm
 from nanodd.networks.sdxl import prompts, text, tokenizer, unet, weights
 
-CELLS = 64                     # side of a latent: 512 pixels
 WIDTH = 1280                   # of the UNet at its coarsest level, where most of its parameters are
 SCALE = 0.13025                # one over the standard deviation of SDXL's latents
-HEADER = {"config": {"channels": 4, "size": CELLS}, "latents": True, "guidance": 1.0, "rows": [-1],
-          "t_star": 999}       # rows[-1] = -1: it is never called without a class
+# what a checkpoint's header says, whatever the prompts are: latents of 64 cells, pictures of 512 pixels
+HEADER = {"config": {"channels": 4, "size": 64}, "t_star": 999, "guidance": 1.0,
+          "rows": [-1]}        # the last row: it is never called without a class
 CHUNK = 4                      # pictures drawn at once, whatever --batch is: some 8 GB in half precision
 
 # ----------------------------------------------------------------------------------------------------
@@ -44,7 +43,7 @@ class Schedule:
     SDXL is mostly written in another form, z = x_0 + sigma eps with sigma = sqrt((1 - abar) / abar), where
     x_t = z / sqrt(sigma^2 + 1). Sampling starts at z = sigma noise, 14.6 noise: at x_999 = 0.99767 noise.
     """
-    name, T = "scaled-linear", 1000
+    name, T, discrete = "scaled-linear", 1000, True
 
     def __init__(self):
         roots = torch.linspace(math.sqrt(.00085), math.sqrt(.012), self.T, dtype=torch.float64)
@@ -52,9 +51,7 @@ class Schedule:
 
     def abar_at(self, t):
         """abar, a float, at one t in [0, 999]; between whole t, log abar is interpolated."""
-        if t == int(t):                                         # exact, without the rounding of log and exp
-            return self.abar[int(t)].item()
-        return math.exp(np.interp(t, range(self.T), self.abar.log()))
+        return ddpm.abar_at(self.abar, t)
 
     def end(self, steps):
         """The t at which a sampler of `steps` steps ends."""
@@ -100,8 +97,7 @@ def encode_classes(texts, folder, device, path):
 
     names = [name for name in weights.FILES if name.startswith(("text", "token"))]
     settings = {"prompts": texts, "files": {name: weights.fingerprint(folder / name) for name in names}}
-    processes.on_first_process(lambda: files.cached(path, settings, encode) and None)   # others read the file
-    tensors = files.cached(path, settings, encode)
+    tensors = processes.on_first_process(lambda: files.cached(path, settings, encode))
     return tensors["context"], tensors["pooled"]
 
 
@@ -177,14 +173,13 @@ def for_sampling(folder, template, data, run):
     if run.compile:
         network.compile()
     identity = repr((texts, [weights.fingerprint(folder / name) for name in weights.FILES]))
-    K, schedule = len(texts), Schedule()
-    header = {**HEADER, "config": {"channels": 4, "size": CELLS}, "schedule": schedule.name,
-              "data": data.name, "recipe": data.recipe.name, "classes": data.train.classes,
-              "phase": [0, K - 1], "rows": [*range(K), -1],
+    K = len(texts)
+    header = {**HEADER, "data": data.name, "recipe": data.recipe.name, "classes": data.train.classes,
+              "rows": [*range(K), -1],
               "extra_settings": {"prompts": texts, "dtype": str(half)},
               "weights": hashlib.sha256(identity.encode()).hexdigest()[:16]}
     return {"source": "SDXL-Turbo", "network": network, "header": header, "phases": [(0, K - 1, {})],
-            "guide": {"guidance": 1.0, "channels": None, "interval": (0, schedule.T - 1)},
-            "schedule": schedule,
+            "guide": {"guidance": 1.0, "channels": None, "interval": (0, Schedule.T - 1)},
+            "schedule": Schedule(),
             "decode": functools.partial(decode, vae, data.recipe.pixels, data.recipe.colours),
             "autoencoder": files.fingerprint(vae.state_dict()), "bf16": bf16}

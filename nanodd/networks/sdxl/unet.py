@@ -7,14 +7,13 @@
 2,567,463,684 parameters, most of them in 70 transformer blocks; 1.6 TFLOP for a picture of 512 pixels.
 Sources: Ronneberger et al. 2015 (U-Net), Podell et al. 2023 (SDXL), Sauer et al. 2023 (SDXL-Turbo).
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from nanodd.networks.autoencoder import Upsample, conv3
+from nanodd.networks.uvit import sincos
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Layers
@@ -26,10 +25,8 @@ TIME_ID = 256                  # waves for each of the six numbers of the pictur
 
 
 def waves(positions, dim):
-    """Positions (n,) -> (n, dim): cosines, then sines, of frequencies from 1 down towards 1/10000."""
-    steps = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) / (dim // 2)
-    angles = positions.float()[:, None] * torch.exp(-math.log(10000) * steps)           # (n, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    """Positions (n,) -> (n, dim) float32: cosines, then sines."""
+    return torch.cat(sincos(positions.float(), dim), dim=1)
 
 
 class Embedding(nn.Module):
