@@ -14,8 +14,8 @@ import functools
 import torch
 from torch import nn
 
-from nanodd import cli
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd import cli, running
+from nanodd.errors import UserError
 from nanodd.judging import classifiers
 
 # ----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def main(argv=None):
     nets = "convnet6", "resnetap10", "resnet18", "timm:resnet18"
     shown = [("digits", "convnet3", 16, 1, 10), ("CIFAR-100", "convnet3", 32, 3, 100),
              ("Tiny-ImageNet", "convnet3", 64, 3, 200), *(("ImageWoof", net, 224, 3, 10) for net in nets)]
-    with exit_on_user_error(parser), torch.device("meta"):      # meta tensors have shapes but no data
+    with running.command(parser), torch.device("meta"):      # meta tensors have shapes but no data
         for name, net, size, channels, classes in shown:
             network = judge(net, size, channels, classes)
             logits = network(torch.zeros(2, channels, size, size))

@@ -27,9 +27,8 @@ from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
-from nanodd import cli, processes
+from nanodd import cli, processes, running
 from nanodd.data import datasets
-from nanodd.errors import exit_on_user_error
 from nanodd.networks import checkpoint, ddpm, models, published, training
 from nanodd.sampling import sheets
 
@@ -309,7 +308,7 @@ def main(argv=None):
                              "ImageNet subsets. With --network uvit: start from a published .pth (--steps 0: "
                              "take it as it is)")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser), processes.process_group():
+    with running.command(parser, args):
         run, backbone = cli.run_of(args, __file__, argv), checkpoint.named(args.network)[0]
         if args.weights is not None and backbone == "dit":
             return published.import_base(args, run)

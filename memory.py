@@ -17,8 +17,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanodd import cli
-from nanodd.errors import UserError, at_least, exit_on_user_error
+from nanodd import cli, running
+from nanodd.errors import UserError, at_least
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The rules: which of m entries stay, (m, D) -> (min(m, slots), D), in order of arrival
@@ -111,7 +111,7 @@ def main(argv=None):
     parser = cli.new_parser(__doc__)
     parser.add_argument("--slots", type=int, default=64, help="entries per class (default: %(default)s)")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
+    with running.command(parser):
         at_least(1, slots=args.slots)
         rng = torch.Generator().manual_seed(0)
         memories = {rule: Memory(args.slots, rule) for rule in RULES}

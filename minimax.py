@@ -25,9 +25,8 @@ import torch.nn.functional as F
 
 from diffusion import denoising_loss, train_base, training_batch
 from memory import Memory, rule_pair
-from nanodd import checks, cli, processes
+from nanodd import checks, cli, processes, running
 from nanodd.data import datasets
-from nanodd.errors import exit_on_user_error
 from nanodd.networks import models, training
 from nanodd.sampling import sheets
 
@@ -186,7 +185,7 @@ def main(argv=None):
     parser.add_argument("--phases", type=int, metavar="N",
                         help="a model for every N classes, one by one; Gu et al. take 20 for ImageNet-100")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser), processes.process_group():
+    with running.command(parser, args):
         run = cli.run_of(args, __file__, argv)
         data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         checks.fill_tuning_flags(args, data.recipe)

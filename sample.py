@@ -32,9 +32,9 @@ import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads 
 import torch
 
 from diffusion import Schedule
-from nanodd import checks, cli, processes, recipes
+from nanodd import checks, cli, recipes, running
 from nanodd.data import datasets
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd.errors import UserError
 from nanodd.networks import ddpm
 from nanodd.sampling import distilled, loading, modes, oversample, pilots, solvers
 from train_eval import count_epochs, real_judge, train_judges
@@ -282,7 +282,7 @@ def main(argv=None):
                         help="images drawn at once, by each process (default: %(default)s)")
     parser.add_argument("--npz", action="store_true", help="one distilled.npz, not a file for each image")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser), processes.process_group():
+    with running.command(parser, args):
         draw_set(args, cli.run_of(args, __file__, argv))
 
 

@@ -37,9 +37,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import convnet
-from nanodd import checks, cli
+from nanodd import checks, cli, running
 from nanodd.data import datasets
-from nanodd.errors import exit_on_user_error
 from nanodd.judging import augment, baselines, features, gu, judges, results
 
 # ----------------------------------------------------------------------------------------------------
@@ -292,8 +291,8 @@ def main(argv=None):
     parser.add_argument("--features", default="judge", metavar="judge|timm:NAME",
                         help="of what --metrics compares: a judge of all real images, or a pretrained one")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser, again="the rows that are done are in results.jsonl; the same command "
-                            "trains them again, and resumes the one that was stopped"):
+    with running.command(parser, args, "the rows that are done are in results.jsonl; the same command trains "
+                         "them again, and resumes the one that was stopped", many=False):
         run(args, cli.command_line_of(__file__, argv))
 
 
@@ -313,8 +312,7 @@ def run(args, command):
     planned, ipc = baselines.plan_rows(args.sources, args.pda, args.ipc, pool, home, protocol.baselines,
                                        f"python sample.py --steps 10{cli.data_flags(args)} makes it")
     data = data._replace(test=test.read().to(device))
-    home.mkdir(parents=True, exist_ok=True)
-    runs, log, rows = args.runs or protocol.runs, home / "results.jsonl", []
+    runs, log, rows = args.runs or protocol.runs, results.open_log(home), []
     print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "
           f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {runs} runs | "
           f"seed {args.seed}")

@@ -32,9 +32,8 @@ from torch import nn
 
 import convnet
 from diffusion import Schedule, train_base
-from nanodd import checks, cli, processes
+from nanodd import checks, cli, processes, running
 from nanodd.data import datasets
-from nanodd.errors import exit_on_user_error
 from nanodd.judging import augment, features
 from nanodd.networks import models, training
 from nanodd.sampling import sheets
@@ -284,7 +283,7 @@ def main(argv=None):
     parser.add_argument("--t-star", type=int, default=T_STAR, metavar="T",
                         help="the t at which the student starts from noise (default: %(default)s)")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser), processes.process_group():
+    with running.command(parser, args):
         run = cli.run_of(args, __file__, argv)
         data = datasets.load(args.data, args.root, args.recipe, args.validation, args.skip_broken)
         checks.fill_turbo_flags(args, data.recipe, Schedule.T - 1)

@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 import cifar100_rows
 import report
 from cifar100_rows import ALL, BASE, MODELS, REAL, SMALL
-from nanodd import cli
+from nanodd import cli, running
 from nanodd.data import datasets, imageset
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd.errors import UserError
 from nanodd.judging import results
 from report import measure, pyplot, save_plot, spread, table, write_pages
 
@@ -208,7 +208,7 @@ def main(argv=None):
                         help="measure nothing; rewrite the tables and plots of docs/challenge.md")
     args = parser.parse_args(argv)
     scale = cifar100_rows.TINY if args.tiny else cifar100_rows.FULL
-    with exit_on_user_error(parser):
+    with running.command(parser):
         scale.rows.parent.mkdir(parents=True, exist_ok=True)
         if args.minutes is not None:
             if not args.minutes > 0:

@@ -24,9 +24,9 @@ import digits_figures as figures
 import digits_rows
 import digits_turbo
 import report
-from nanodd import cli
+from nanodd import cli, running
 from nanodd.data import datasets
-from nanodd.errors import UserError, exit_on_user_error
+from nanodd.errors import UserError
 from nanodd.judging import baselines, metrics, results
 from report import machine, spread, summary, table, type_in, write_pages
 from train_eval import count_epochs, evaluate, real_judge, train_judges
@@ -232,7 +232,7 @@ def main(argv=None):
     parser.add_argument("--tables", action="store_true",
                         help="measure nothing; rewrite the tables and the plot")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
+    with running.command(parser):
         if not args.tables:
             device = cli.device_named("cpu")
             data = datasets.load()

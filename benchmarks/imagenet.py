@@ -22,9 +22,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from diffusion import SIZES, Denoised, DiT, Schedule
 from minimax import MinMax, tune
-from nanodd import cli, recipes
+from nanodd import cli, recipes, running
 from nanodd.data import imageset
-from nanodd.errors import at_least, exit_on_user_error
+from nanodd.errors import at_least
 from nanodd.networks import autoencoder, latents, models, training
 from sample import guided, image_noise, sampler_of
 from throughput import flops, matrix_rate, seconds
@@ -155,7 +155,7 @@ def main(argv=None):
                         help="pixels to bring the picture to, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, help="a .jsonl file to append the figures to")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
+    with running.command(parser):
         device = cli.device_named(args.device)
         recipe = replace(recipes.RECIPES["imagenet"], network=args.network)
         if args.picture:

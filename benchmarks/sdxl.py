@@ -17,9 +17,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from nanodd import cli
+from nanodd import cli, running
 from nanodd.data import imageset
-from nanodd.errors import exit_on_user_error
 from nanodd.networks import autoencoder
 from nanodd.networks.sdxl import generator, text, unet, weights
 from sample import guided, sampler_of
@@ -81,7 +80,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/sdxl-speed.jsonl"),
                         metavar="FILE", help="where the row goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
+    with running.command(parser):
         if args.hash:
             for name in weights.FILES:
                 weights.check_size(args.hash, name)

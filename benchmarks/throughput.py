@@ -23,9 +23,8 @@ from convnet import ConvNet
 import diffusion
 from diffusion import DiT, Schedule
 from minimax import MinMax, tune
-from nanodd import cli
+from nanodd import cli, running
 from nanodd.data import datasets
-from nanodd.errors import exit_on_user_error
 from nanodd.judging import augment
 from nanodd.networks import training, uvit
 from sample import guided
@@ -71,7 +70,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:N or mps (default: the fastest here)")
     args = parser.parse_args(argv)
-    with exit_on_user_error(parser):
+    with running.command(parser):
         device = cli.device_named(args.device)
         measure(device)
 

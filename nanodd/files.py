@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from nanodd import processes
+from nanodd import processes, schema
 from nanodd.errors import UserError
 
 SAVE_EVERY = 10                # seconds between two saved states of a run
@@ -21,6 +21,21 @@ BLOCK = 2**20                  # bytes of a download that are in memory at once
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Atomic writes and downloads
+
+
+def make_folder(path):
+    """Makes a folder, and those above it, where it is missing. Raises UserError where it cannot be made."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def remove_empty(*folders):
+    """Removes those of the folders that are there and empty."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -31,10 +46,7 @@ def atomic_write(path):
     folder cannot be made.
     """
     path = pathlib.Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -49,6 +61,29 @@ def save_state(path, state):
     torch.save(state, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def reading_state(path):
+    """The context in which a saved state is read: what goes wrong is a UserError, the file is damaged."""
+    return schema.reading(path, "saved state", ": delete it to start anew")
+
+
+def load_state(path, form, device="cpu"):
+    """What save_state wrote, of the schema `form`, with its tensors on `device`; no code in the file is run.
+
+    Raises UserError where the file is damaged or has another form.
+    """
+    with reading_state(path):
+        return schema.require(torch.load(path, map_location=device, weights_only=True), form)
+
+
+def load_json(path, form, kind, advice=""):
+    """The plain data in the JSON file `path`, of the schema `form`. kind: what it is, "record".
+
+    Raises UserError, with `advice` at its end, where the file is damaged or has another form.
+    """
+    with schema.reading(path, kind, advice):
+        return schema.require(json.loads(path.read_text()), form)
 
 
 def save_json(path, value):
@@ -125,13 +160,16 @@ def save_tensors(path, tensors, header):
             raise UserError(f"cannot write {path}: {error}") from error
 
 
-def read_header(path):
-    """The JSON header of a checkpoint of nanoDD. Raises UserError where `path` is no such file."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["nanodd"])
-    except (safetensors.SafetensorError, TypeError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint of nanoDD ({error})") from error
+def read_header(path, form=dict, kind="file of tensors"):
+    """The JSON header of a file of tensors. Raises UserError where `path` is no such file.
+
+    form: the header's schema. kind: what the file is, for the message.
+    """
+    with schema.reading(path, kind), safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "nanodd" not in metadata:
+            raise ValueError("it has no header of nanoDD")
+        return schema.require(json.loads(metadata["nanodd"]), form)
 
 
 def load_tensors(path, device="cpu", dtype=None):
@@ -163,13 +201,12 @@ def cached(path, settings, make):
     return tensors
 
 
-def load_strict(module, tensors, path, kind):
-    """Loads {name: tensor}, read from the file `path`, into a module, which may be on the meta device.
+def check_tensors(tensors, expected, path, kind):
+    """Raises UserError where {name: tensor}, read from the file `path`, are not those that are expected.
 
-    kind: the module's name in the message. Raises UserError, naming the file and the tensor, where one is
-    missing, unexpected or of another shape.
+    That is where one is missing, unexpected, of another shape or type than in the dict `expected`, or not
+    finite. kind: what needs them, for the message, which names the file and the tensor.
     """
-    expected = module.state_dict()
     for name in (*expected, *tensors):
         if name not in tensors:
             problem = "is missing"
@@ -178,7 +215,19 @@ def load_strict(module, tensors, path, kind):
         elif tensors[name].shape != expected[name].shape:
             problem = (f"has shape {tuple(tensors[name].shape)} instead of "
                        f"{tuple(expected[name].shape)}")
+        elif tensors[name].is_floating_point() != expected[name].is_floating_point():
+            problem = f"has numbers of the type {tensors[name].dtype}"
+        elif not tensors[name].isfinite().all():
+            problem = "has numbers that are not finite"
         else:
             continue
         raise UserError(f"{path} does not fit the {kind}: {name} {problem}")
+
+
+def load_strict(module, tensors, path, kind):
+    """Loads {name: tensor}, read from the file `path`, into a module, which may be on the meta device.
+
+    kind: the module's name in the message. Raises UserError as check_tensors.
+    """
+    check_tensors(tensors, module.state_dict(), path, kind)
     module.load_state_dict(tensors, assign=True)

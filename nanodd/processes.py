@@ -3,8 +3,13 @@
 Without torchrun there is one process, of rank 0: its share is the whole batch, and nothing is communicated.
 """
 import datetime
+import hashlib
 import os
+import pathlib
+import re
 import sys
+import threading
+import time
 from contextlib import contextmanager, redirect_stdout
 
 import torch
@@ -12,8 +17,13 @@ import torch.distributed as dist
 
 from nanodd.errors import UserError
 
+PARENT_EVERY, GRACE = 5, 20    # seconds between two looks for torchrun, and from its end to that of a process
+
 # ----------------------------------------------------------------------------------------------------
 # 1. The group of processes
+
+shared = {}                    # "store": torchrun's; "patient": the group for long waits
+orphaned = threading.Event()   # set once torchrun is gone
 
 
 def rank():
@@ -26,17 +36,25 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier():
-    """Waits until all processes have reached this call."""
+def barrier(patient=False):
+    """Waits until all processes have reached this call; ten minutes, or two hours where it is patient."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=shared["patient"] if patient else None)
+
+
+def refuse_several(program):
+    """Raises UserError where torchrun started several processes of a command that is for one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{program} runs in one process: start it without torchrun")
 
 
 @contextmanager
-def process_group():
+def process_group(settings=None):
     """Joins the processes that torchrun started, if it did, for the length of the block; only rank 0 prints.
 
-    Raises UserError where there are more processes than GPUs.
+    settings: a dict of this process's; all must have the same, and the same code. A process that does not
+    answer for ten minutes ends the others, but for two hours where they wait for one that encodes pictures,
+    downloads or trains a judge. Raises UserError where processes differ, or are more than the GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
@@ -45,13 +63,65 @@ def process_group():
     if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes are too many for {gpus} GPUs: lower "
                         "--nproc-per-node")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            timeout=datetime.timedelta(hours=2))            # some wait while others encode
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
+                            rank=number, world_size=count, timeout=datetime.timedelta(minutes=10))
+    shared.update(store=store, patient=dist.new_group(timeout=datetime.timedelta(hours=2), backend="gloo"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # else the parent may be a script that ends
+        threading.Thread(target=watch_parent, args=[os.getppid()], daemon=True).start()
     try:
+        check_same(settings or {})
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
     finally:
         dist.destroy_process_group()
+
+
+def check_same(settings):
+    """Raises UserError, on all processes, where they have other settings or another code than the first."""
+    folder, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("nanodd/**/*.py")]):
+        digest.update(path.read_bytes())
+    facts = [None] * world()
+    dist.all_gather_object(facts, {**{name: repr(value) for name, value in settings.items()},
+                                   "code": digest.hexdigest()[:8]})
+    for number, other in enumerate(facts):
+        names = [name for name in facts[0] if other.get(name) != facts[0][name]]
+        if names or len(other) != len(facts[0]):
+            difference = names[0] if names else "set of flags"
+            raise UserError(f"the processes were not started alike: {difference} is "
+                            f"{facts[0].get(difference)} on the first and {other.get(difference)} on number "
+                            f"{number}")
+
+
+def speaks_first():
+    """Whether no other process has said yet why it ends: of many that fail, one alone prints a sentence."""
+    if "store" not in shared:                                   # not joined yet: all fail alike
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return shared["store"].add("nanodd/failed", 1) == 1
+    except RuntimeError:                                        # torchrun, which holds the store, is gone
+        return True
+
+
+def is_broken_connection(error):
+    """Whether a RuntimeError of a collective call means that another process ended or does not answer."""
+    words = r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Tt]imeout"
+    return "store" in shared and (isinstance(error, dist.DistError) or bool(re.search(words, str(error))))
+
+
+def watch_parent(parent):
+    """Ends this process a while after torchrun, its parent, is gone: nobody would end it, nor the others.
+
+    training.fit sees `orphaned` earlier, and saves.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_EVERY)
+    orphaned.set()
+    time.sleep(GRACE)
+    print("torchrun is gone: ended; what was finished is kept, and the same command resumes",
+          file=sys.stderr, flush=True)
+    os._exit(2)                                                 # the main thread may wait for another process
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -121,7 +191,7 @@ def on_first_process(make):
             failure = error
             outcome[1] = str(error) or type(error).__name__
     if world() > 1:
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, group=shared.get("patient"))  # it may take long
     if failure is not None:
         raise failure
     if outcome[1]:

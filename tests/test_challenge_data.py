@@ -225,7 +225,8 @@ def test_only_the_first_process_fetches(cifar100, tmp_path, monkeypatch, offline
     hidden = home.rename(tmp_path / "hidden")
     monkeypatch.setattr(processes, "rank", lambda: 1)
     monkeypatch.setattr(processes, "world", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda _: hidden.rename(home))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list",
+                        lambda _, **group: hidden.rename(home))
     assert torch.equal(datasets.load("cifar100", home).train.images, parts[True][0])
 
 

@@ -13,7 +13,7 @@ import train_eval
 from nanodd import recipes
 from nanodd.data import datasets
 from nanodd.networks import training
-from nanodd.sampling import distilled
+from nanodd.sampling import stores
 from test_challenge_data import FINE, write_cifar
 from torchvision.datasets import CIFAR100
 
@@ -89,7 +89,7 @@ def test_rows_of_two_models_are_never_mixed(archive, monkeypatch, capsys):
 
 @pytest.mark.parametrize("where, name, call", [
     (training.Trainer, "step", 6),                            # the second of fine-tuning
-    (distilled.NpzFile, "write", 2), (distilled.NpzFile, "finalise", 3),
+    (stores.NpzFile, "write", 2), (stores.NpzFile, "finalise", 3),
     (train_eval, "accuracy", 11)], ids=["tuning", "drawing", "joining", "judging"])
 def test_it_is_stopped_in_the_middle_and_goes_on(where, name, call, archive, monkeypatch, capsys):
     calls, real = [], getattr(where, name)

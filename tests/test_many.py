@@ -123,7 +123,7 @@ def test_a_budget_ends_for_all_processes_at_once(both):
 
 
 def test_processes_share_the_encoding(both):
-    one, two = (sorted((both / name).glob("latents/*")) for name in ("one", "two"))
+    one, two = (sorted((both / name).glob("latents/*.safetensors")) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two] and len(one) == 10
     for here, there in zip(one, two, strict=True):
         assert torch.equal(files.load_tensors(here)["moments"], files.load_tensors(there)["moments"])

@@ -18,7 +18,7 @@ import minimax
 import sample
 import train_eval
 import turbo
-from nanodd import recipes
+from nanodd import recipes, running
 from nanodd.judging import results
 from nanodd.networks import uvit
 from nanodd.sampling import oversample, pilots
@@ -51,7 +51,7 @@ def test_every_command_parses(script, words, monkeypatch):
         assert {word for word in words if word.startswith("-")} <= flags_of(script)
         return
     # the driver stops once the arguments are read
-    monkeypatch.setattr(MAINS[script[:-3]], "exit_on_user_error", stop)
+    monkeypatch.setattr(running, "command", stop)
     with pytest.raises(Parsed):
         MAINS[script[:-3]].main(list(words))
 
@@ -67,7 +67,7 @@ class Parsed(Exception):
     pass
 
 
-def stop(parser, **_):
+def stop(parser, *_, **__):
     raise Parsed
 
 

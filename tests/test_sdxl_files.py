@@ -175,7 +175,8 @@ def test_only_the_first_process_fetches(folder, hub, monkeypatch):
     monkeypatch.setattr(processes, "rank", lambda: 1)
     monkeypatch.setattr(processes, "world", lambda: 2)
     hub.parent.mkdir(parents=True)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda _: folder.rename(hub))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list",
+                        lambda _, **group: folder.rename(hub))
     monkeypatch.setattr(files, "download", None)
     assert weights.locate() == hub
 

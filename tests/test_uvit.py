@@ -297,5 +297,3 @@ def test_what_does_not_fit_gets_a_sentence(weights_file, tmp_path, sentence):
     assert "backbone 'uvit' there, None here" in said
     with pytest.raises(UserError, match="trained with a cosine schedule; linear and vp are here"):
         checkpoint.schedule_of("cosine", "file.safetensors")
-    with pytest.raises(UserError, match="the backbone unet is not here"):
-        checkpoint.network_of(backbone="unet")

@@ -9,7 +9,6 @@ fully. On a GPU they train one by one.
 """
 import functools
 import hashlib
-import shutil
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from nanodd import files
+from nanodd import files, locks, schema
 from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.judging import augment
@@ -57,6 +56,10 @@ def new_run(build, images, recipe, seed):
     return JudgeRun(judge, images, seed, rng, cpu_rng)
 
 
+STATE = {"epoch": schema.between(0, 10**9), "accuracies": [float], "optimizer": dict, "judge": dict,
+         "rng": torch.Tensor, "cpu_rng": torch.Tensor, "seconds": float}
+
+
 class JudgeCheckpoint:
     """The judges of one row of the table while they train: a file for each, named by its seed.
 
@@ -84,23 +87,26 @@ class JudgeCheckpoint:
     def restore(self, run):
         """Loads judge and generators in place: (epochs done, optimizer, accuracies so far).
 
-        (0, None, []) where nothing was saved.
+        (0, None, []) where nothing was saved. Raises UserError where the file is damaged.
         """
         if not self.exists(run):
             return 0, None, []
-        state = torch.load(self.path(run), map_location="cpu", weights_only=True)
-        run.judge.load_state_dict(state["judge"])
-        run.rng.set_state(state["rng"])
-        run.cpu_rng.set_state(state["cpu_rng"])
-        optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)         # the saved state has its numbers
-        optimizer.load_state_dict(state["optimizer"])
+        state = files.load_state(self.path(run), STATE)
+        with files.reading_state(self.path(run)):
+            run.judge.load_state_dict(state["judge"])
+            run.rng.set_state(state["rng"])
+            run.cpu_rng.set_state(state["cpu_rng"])
+            optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)     # the saved state has its numbers
+            optimizer.load_state_dict(state["optimizer"])
         self.earlier = max(self.earlier, state["seconds"])      # judges in threads share their seconds
         return state["epoch"] + 1, optimizer, state["accuracies"]
 
     def remove(self):
         """Deletes all files, once the row is done."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None and self.folder.is_dir():
+            for path in self.folder.glob("seed*.pt"):
+                path.unlink()
+            files.remove_empty(self.folder)
 
 
 def checkpoint_of(folder, trains, test, *settings):
@@ -112,7 +118,9 @@ def checkpoint_of(folder, trains, test, *settings):
     if folder is None:
         return JudgeCheckpoint()
     contents = [imageset.fingerprint(part) for part in (*trains, test)], test.images.device.type, settings
-    return JudgeCheckpoint(folder / hashlib.sha256(repr(contents).encode()).hexdigest()[:16])
+    folder = folder / hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
+    locks.remove_leftovers(folder)
+    return JudgeCheckpoint(folder)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -9,21 +9,44 @@ import json
 import pathlib
 import statistics
 
+from nanodd import locks, schema
 from nanodd.judging import baselines
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Rows
 
 
+def open_log(folder):
+    """The path of the results.jsonl in a folder, which is locked for this command.
+
+    Raises UserError as locks.take and read_rows.
+    """
+    locks.take(folder)
+    path = folder / "results.jsonl"
+    read_rows(path)                                             # raises now where it is damaged
+    return path
+
+
 def read_rows(path):
-    """The rows of a results.jsonl: a list of dicts, empty where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a results.jsonl: a list of dicts, empty where there is no such file.
+
+    Raises UserError where a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        with schema.reading(f"{path}, line {number},", "row", ": delete that line"):
+            rows.append(schema.require(json.loads(line), {"data": str}))
+    return rows
 
 
 def append_row(path, row, command):
     """Adds a row, and the command that made it, to a results.jsonl."""
     with open(path, "a") as file:
         file.write(json.dumps({**row, "command": command}) + "\n")
+
+
+JUDGED = {"data": str, "train": str, "judge": str, "protocol": str, "epochs": int, "runs": int, "device": str,
+          "mean": float}       # what challenge_score looks at
 
 
 TABLE_HEADER = f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds"
@@ -81,7 +104,8 @@ def challenge_score(rows):
     """
     means = {}
     for row in rows:
-        is_exact = (row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
+        is_exact = (schema.mismatch(row, JUDGED) is None
+                    and row.get("size") == CHALLENGE.get(row["data"], 0) and row["judge"] == "ConvNetD3-W128"
                     and row["protocol"] == "challenge" and row["epochs"] == 1001 and row["runs"] >= 3
                     and row.get("recipe") == row["data"] and "bf16" not in row["device"])
         if is_exact and not {*baselines.SELECTORS, "full"} & set(row["train"].split("+")):

@@ -3,12 +3,14 @@
 The header holds "config", from which the network is built, the schedule's name, the data set, its classes and
 each class's row in the network's label table, the settings, the command, and a fingerprint of the tensors.
 """
+import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from nanodd import files
+from nanodd import files, locks, processes, recipes, schema
 from nanodd.errors import UserError
 
 # ----------------------------------------------------------------------------------------------------
@@ -38,9 +40,7 @@ def named(network):
 
 
 def network_of(backbone="dit", **config):
-    """The untrained network of a checkpoint's "config". Raises UserError where it cannot be built."""
-    if backbone not in BACKBONES:
-        raise UserError(f"the backbone {backbone} is not here; {' and '.join(sorted(BACKBONES))} are")
+    """The untrained network of a config. Raises UserError where the patches do not tile the image."""
     if config["size"] % config["patch"]:
         raise UserError(f"patches of {config['patch']} pixels do not tile {config['size']} pixels")
     return BACKBONES[backbone].network(**config)
@@ -75,13 +75,46 @@ def rebuild(config, tensors, path):
     expected = model.state_dict()
     gammas = {name: torch.ones(expected[name].shape) for name in expected
               if "gamma" in name and name not in tensors}
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}    # some are stored in bfloat16
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor       # from bfloat16, if so
+               for name, tensor in tensors.items()}
     files.load_strict(model, {**gammas, **tensors}, path, "network")
     return model
 
 
 # ----------------------------------------------------------------------------------------------------
 # 2. The header
+
+
+CONFIG = {"network": str, "size": schema.between(1, 4096), "patch": schema.between(1, 4096),
+          "channels": schema.between(1, 4096), "classes": schema.between(0, 10**6), "backbone?": str,
+          "learned_variance?": bool, "null?": bool, "difffit?": bool}
+HEADER = {"config": CONFIG, "schedule": str, "latents": bool, "data": str, "cut": str,
+          "recipe": lambda name: isinstance(name, str) and name in recipes.RECIPES,
+          "classes": schema.are_names, "phase": [int], "rows": [int],
+          "guidance": schema.between(0, math.inf, float), "settings": dict, "command": str,
+          "fingerprint": str, "base?": {"file": str, "fingerprint": str}, "t_star?": schema.between(1, 999)}
+
+
+def read_header(path):
+    """The header of the checkpoint in the file `path`. Raises UserError where it is none, or damaged."""
+    header = files.read_header(path, HEADER, "checkpoint")
+    with schema.reading(path, "checkpoint"):
+        config, last = header["config"], len(header["classes"]) - 1
+        backbone = config.get("backbone", "dit")
+        if backbone not in BACKBONES or config["network"] not in BACKBONES[backbone].sizes:
+            raise ValueError(f"there is no network {schema.shown(config['network'])} of the backbone "
+                             f"{schema.shown(backbone)} here")
+        unknown_keys = set(config) - {"backbone", *inspect.signature(BACKBONES[backbone].network).parameters}
+        if unknown_keys:
+            raise ValueError(f"config has an unknown key {schema.shown(min(unknown_keys))}")
+        table = config["classes"] + config.get("null", True)
+        if len(header["rows"]) != last + 2 or not -1 <= header["rows"][-1] < table \
+                or not all(0 <= row < table for row in header["rows"][:-1]):
+            raise ValueError("rows does not name a row of the label table for each class")
+        first, end = header["phase"]
+        if not 0 <= first <= end <= last:
+            raise ValueError(f"phase is {schema.shown(header['phase'])}")
+    return header
 
 
 def new_header(data, config, settings, command, schedule):
@@ -94,7 +127,11 @@ def new_header(data, config, settings, command, schedule):
 
 
 def save_checkpoint(path, tensors, header):
-    """Writes {name: tensor} and a JSON header (with its fingerprint) to `path` atomically."""
+    """Writes {name: tensor} and a JSON header (with its fingerprint) to `path` atomically.
+
+    Its folder is locked for this command. Raises UserError as locks.take and files.save_tensors.
+    """
+    locks.take(path.parent)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.save_tensors(path, tensors, {**header, "fingerprint": files.fingerprint(tensors)})
 
@@ -132,9 +169,20 @@ def finished(path, settings, overwrite):
     Raises UserError where it holds another result, unless `overwrite`; that one is replaced only once the new
     one is complete.
     """
-    saved_settings = files.read_header(path)["settings"] if path.exists() else None
+    saved_settings = read_header(path)["settings"] if path.exists() else None
     if saved_settings == settings:
+        if processes.rank() == 0:
+            remove_state(path.with_suffix(".resume.pt"), settings)
         print(f"{path} is finished (same settings): left as it is")
     elif saved_settings is not None and not overwrite:
         check_settings(saved_settings, settings, path)
     return saved_settings == settings
+
+
+def remove_state(path, settings):
+    """Removes the saved state `path` of a finished run with these settings, which was killed at its end."""
+    try:
+        if path.is_file() and files.load_state(path, {"settings": dict})["settings"] == settings:
+            path.unlink()
+    except UserError:                                           # damaged: whose it was cannot be told
+        pass

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from nanodd import files, processes
+from nanodd import files, locks, processes
 from nanodd.data import imageset
 from nanodd.errors import UserError
 from nanodd.networks import autoencoder
@@ -74,6 +74,7 @@ def prepared(data, run):
             valid_labels = []
     stale_labels = [c for c in all_labels if c not in valid_labels]
     if stale_labels:
+        processes.on_first_process(lambda: locks.take(cache))
         print(f"encoding the pictures of {len(stale_labels)} of {len(all_labels)} classes into {cache}, once")
     own_labels = stale_labels[processes.rank()::processes.world()]
     with tqdm(total=sum(len(parts[c].files) for c in own_labels), disable=processes.rank() > 0 or None,
@@ -83,8 +84,8 @@ def prepared(data, run):
             header = {**expected[c], "source": source_name(source), "encoder": encoder,
                       "skipped": len(parts[c].files) - len(moments)}
             files.save_tensors(paths[c], {"moments": moments}, header)
-    processes.barrier()
-    moments = [files.load_tensors(paths[c])["moments"].to(device) for c in all_labels]
+    processes.barrier(patient=True)                             # shares take unequal times
+    moments = [cached_moments(paths[c], parts[c]).to(device) for c in all_labels]
     labels = torch.tensor(all_labels).repeat_interleave(torch.tensor([len(part) for part in moments]))
     return Latents(torch.cat(moments), labels.to(device), train.classes)
 
@@ -100,10 +101,23 @@ def source_name(source):
 
 def cache_header(path):
     """The header of a file of the latent cache; {} where the file is missing or damaged."""
+    form = {"pictures": str, "pixels": int, "source": str, "encoder": str, "skipped": int}
     try:
-        return files.read_header(path)
+        return files.read_header(path, form)
     except UserError:
         return {}
+
+
+def cached_moments(path, part):
+    """The moments of the pictures `part`, ImageFiles, in a file of the latent cache: (n, 2, 8, h, w) float16.
+
+    Raises UserError where the file is damaged.
+    """
+    tensors, skipped, side = files.load_tensors(path), files.read_header(path)["skipped"], part.size // 8
+    with torch.device("meta"):
+        expected = {"moments": torch.empty(len(part.files) - skipped, 2, 8, side, side)}
+    files.check_tensors(tensors, expected, path, "latent cache")
+    return tensors["moments"]
 
 
 def encode_with_mirror(vae, images, bar, chunk=8):

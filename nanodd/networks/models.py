@@ -125,7 +125,7 @@ def new_tuned(args, run, data, phase, base, path):
     None where `path` is finished. args: the flags of minimax.py, with --memory as a list of two rules. Raises
     UserError as check_base, checks.tuning_plan, checkpoint.finished and latents.prepared.
     """
-    recipe, base_header, (first, last) = data.recipe, files.read_header(base), phase
+    recipe, base_header, (first, last) = data.recipe, checkpoint.read_header(base), phase
     rows = check_base(base_header, base, data)                  # (K + 1,)
     data = data._replace(train=data.train.pick((first <= data.train.labels) & (data.train.labels <= last)))
     plan = checks.tuning_plan(args, run, data, checkpoint.width_of(base_header["config"]))
@@ -208,7 +208,7 @@ def load_model(path, device="cpu"):
     Raises UserError where the base is missing or another one, or a tensor is missing, extra or misshapen.
     """
     path = pathlib.Path(path)
-    header = files.read_header(path)
+    header = checkpoint.read_header(path)
     header["weights"] = header["fingerprint"]
     tensors = files.load_tensors(path)
     if "base" in header:
@@ -216,7 +216,7 @@ def load_model(path, device="cpu"):
         base = path.parent / header["base"]["file"]
         if not base.is_file():
             raise UserError(f"{path} was tuned from {base}, which is gone")
-        if files.read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
+        if checkpoint.read_header(base)["fingerprint"] != header["base"]["fingerprint"]:
             raise UserError(f"{base} is another base model than the one {path} was tuned from")
         tensors = {**files.load_tensors(base), **tensors}
     return checkpoint.rebuild(header["config"], tensors, path).to(device).eval(), header

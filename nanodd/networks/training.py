@@ -15,9 +15,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nanodd import files, processes
+from nanodd import files, locks, processes, schema
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
+from nanodd.sampling import sheets
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Which images a step sees
@@ -137,6 +138,12 @@ class Trainer:
 # 3. Running a loop to its end
 
 
+LINE = {"step": int, "seconds": float}                          # of a log; its losses have their own names
+STATE = {"step": schema.between(1, math.inf), "seconds": float, "settings": dict, "log": [LINE],
+         "sums": lambda sums: all(isinstance(value, (float, torch.Tensor)) for value in sums.values()),
+         "trainer": {"tuned": dict, "average": dict, "optimizer": dict}}
+
+
 def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     """Runs a training loop to the plan's end and writes the averaged weights to `path`; resumes.
 
@@ -148,8 +155,8 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     UserError where a loss is not finite; that run's state is then removed.
     """
     path, steps = pathlib.Path(path), trainer.plan.steps
-    path.parent.mkdir(parents=True, exist_ok=True)
     resume = path.with_suffix(".resume.pt")
+    processes.on_first_process(lambda: claim(path, resume))
     start, seconds, logged = restored(trainer, memories, resume, header["settings"], overwrite)
     log = Log(path, steps, start, seconds, logged)
     last_save, save_cost = time.monotonic(), 0.0
@@ -160,8 +167,9 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
             bar.update()
             now = time.monotonic()
             line_due = done % log.every == 0 or done == steps
-            save_due = done < steps and now - last_save > max(files.SAVE_EVERY, 20 * save_cost)
-            save_due = save_due and processes.rank() == 0
+            ended = processes.orphaned.is_set()
+            save_due = ended or now - last_save > max(files.SAVE_EVERY, 20 * save_cost)
+            save_due = save_due and done < steps and processes.rank() == 0
             if line_due or save_due:
                 if not log.is_finite(line_due):
                     resume.unlink(missing_ok=True)
@@ -180,6 +188,8 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
                                           "log": log.lines, "trainer": state})
                 last_save = time.monotonic()
                 save_cost = last_save - now
+                if ended:
+                    raise UserError(f"torchrun is gone: step {done} is saved, and the same command resumes")
     if processes.rank() == 0:
         tensors = trainer.ema if "base" in header else {**trainer.model.state_dict(), **trainer.ema}
         checkpoint.save_checkpoint(path, tensors, {**header, "step": steps})
@@ -187,24 +197,47 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     processes.barrier()                                         # no process reads the file before it is there
 
 
+def claim(path, resume):
+    """Locks the folder of the checkpoint `path` for this command. Raises UserError as locks.take.
+
+    It also refuses to replace a log or a sheet of that name that no run of nanoDD has written.
+    """
+    locks.take(path.parent)
+    log, sheet = path.with_suffix(".log.jsonl"), path.with_suffix(".png")
+    if path.exists() or resume.exists() or is_log(log):
+        return
+    for file in (log, sheet):
+        if file.exists() and not sheets.is_sheet(file):
+            raise UserError(f"{file} is there, but neither {path.name} nor {resume.name}, so that it is not "
+                            "of a run: choose --out ELSEWHERE, or move it")
+
+
+def is_log(path):
+    """Whether the file `path` is a log of losses, as class Log writes it."""
+    try:
+        return schema.mismatch(json.loads(path.read_text().partition("\n")[0]), LINE) is None
+    except (OSError, ValueError):                               # there is none, or it is another file
+        return False
+
+
 def restored(trainer, memories, resume, settings, overwrite):
     """Loads the saved state of a run into the trainer: (steps done, seconds, (sums, lines) of the log).
 
     Nothing is loaded where there is no file `resume`, or where it has other settings and may be overwritten.
-    Raises UserError where it has other settings and may not.
+    Raises UserError where it has other settings and may not, or is damaged.
     """
     beginning = 0, 0.0, ({}, [])
     if not resume.exists():
         return beginning
-    device = next(trainer.model.parameters()).device
-    state = torch.load(resume, map_location=device, weights_only=True)
+    state = files.load_state(resume, STATE, next(trainer.model.parameters()).device)
     if state["settings"] != settings:
         if not overwrite:
             checkpoint.check_settings(state["settings"], settings, resume)
         return beginning
-    trainer.load_state_dict(state["trainer"])
-    if memories is not None:
-        memories.load_state_dict(state["trainer"]["extra"])
+    with files.reading_state(resume):
+        trainer.load_state_dict(state["trainer"])
+        if memories is not None:
+            memories.load_state_dict(state["trainer"]["extra"])
     print(f"resuming from step {state['step']}")
     return state["step"], state["seconds"], (state["sums"], state["log"])
 

@@ -5,28 +5,20 @@ wherever it stops. A block is `batch` consecutive numbers (the last block may be
 a block that was not finished is drawn again from its first image.
 """
 import itertools
-import json
 import math
-import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from nanodd import files, processes
-from nanodd.data import imageset
+from nanodd import files, locks, processes, schema
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
-from nanodd.sampling import sheets
+from nanodd.sampling import sheets, stores
 
 clock = time.monotonic         # seconds; tests replace it, so that no outcome depends on a machine's speed
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Blocks, and the two ways to store them
-#
-# Both stores have the same methods. items: a list of (label, index); images: (n, C, H, W) uint8.
+# 1. Blocks
 
 
 def block(number, batch, classes, total=math.inf):
@@ -42,98 +34,6 @@ def waves(batch, classes, total):
         if not blocks[0]:
             return
         yield blocks
-
-
-class PngFolder:
-    """A file for each image, distilled/<class>/00000.png ..., which torchvision's ImageFolder reads."""
-    FINALISE = 0               # seconds of `finalise` per second of all writing before it
-
-    def __init__(self, out, classes):
-        self.path, self.classes = out / "distilled", classes
-
-    def file(self, label, index):
-        return self.path / self.classes[label] / f"{index:05}.png"
-
-    def contains(self, items):
-        return all(self.file(*item).is_file() for item in items)
-
-    def is_resumable(self):
-        return self.path.exists()
-
-    def is_complete(self, ipc):
-        return self.contains(block(0, ipc * len(self.classes), len(self.classes)))
-
-    def write(self, items, images):
-        with ThreadPoolExecutor() as pool:                      # encoding a 256-pixel PNG takes 10 ms
-            list(pool.map(imageset.write_png, [self.file(*item) for item in items], images))
-
-    def finalise(self, items):
-        """Removes all images but `items`: those of the round that was not finished."""
-        for extra in set(self.path.glob("*/*.png")) - {self.file(*item) for item in items}:
-            extra.unlink()
-
-    def remove_parts(self):
-        """Nothing: no block has a file of its own."""
-
-    def images(self, items):
-        return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
-
-    def remove(self):
-        if self.path.exists():
-            shutil.rmtree(self.path)
-
-
-class NpzFile:
-    """distilled.npz (images, labels, classes), for sets too large for a file per image.
-
-    Each block is a file in distilled.npz.parts until all are drawn and joined; distilled.json says whether
-    they are.
-    """
-    FINALISE = 8               # 6 was measured, on 200,000 images of 32 pixels, whose writing was cached
-
-    def __init__(self, out, classes):
-        self.path, self.parts, self.classes = out / "distilled.npz", out / "distilled.npz.parts", classes
-
-    def part(self, items):
-        label, index = items[0]
-        return self.parts / f"{index * len(self.classes) + label:09}.npy"
-
-    def contains(self, items):
-        part = self.part(items)
-        return part.is_file() and len(np.load(part, mmap_mode="r")) == len(items)
-
-    def is_resumable(self):
-        return self.parts.exists()
-
-    def is_complete(self, ipc):
-        return self.path.is_file()
-
-    def write(self, items, images):
-        with files.atomic_write(self.part(items)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images.numpy())
-
-    def finalise(self, items):
-        """Joins the blocks, in the order of the images, without the images after `items`."""
-        images = np.concatenate([np.load(part) for part in sorted(self.parts.glob("*.npy"))])[:len(items)]
-        with files.atomic_write(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
-
-    def remove_parts(self):
-        """Removes the blocks' files. Their folder is renamed first: a half-empty one would be resumed."""
-        trash = self.parts.with_suffix(".old")
-        shutil.rmtree(trash, ignore_errors=True)
-        if self.parts.exists():
-            self.parts.rename(trash)
-            shutil.rmtree(trash)
-
-    def images(self, items):
-        with np.load(self.path) as arrays:
-            positions = [index * len(self.classes) + label for label, index in items]
-            return torch.from_numpy(arrays["images"][positions])
-
-    def remove(self):
-        self.remove_parts()
-        self.path.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -154,13 +54,11 @@ def fill(draw, store, record, total, budget, batch, save):
     draw: items -> (n, C, H, W) uint8. record: what is written to distilled.json; its "seconds" (wall clock
     from the first batch to the last file on disk) are added up over resumed runs, as are the seconds of the
     "longest" block and of all "writing". save: writes the record.
-    Returns the (label, index) of the images of all complete rounds; other images are removed. Raises TooShort
-    where the budget holds no round, and UserError where it was spent before.
+    Returns the (label, index) of the images of all complete rounds; other images are removed. A stopped run
+    may have spent the budget: the rounds that it has left are then the set. Raises TooShort where there is no
+    round, or where the first block alone, drawn now, takes more than the budget.
     """
     longest_before = longest = record.get("longest", 0.0)
-    if record["seconds"] - longest_before > budget:             # the last block may have ended late
-        raise UserError(f"{record['seconds']:.1f} seconds are spent already, more than the budget of "
-                        f"{budget:g}: raise it, or choose --out ELSEWHERE")
     K, done, wave, num_drawn, writing = len(record["classes"]), 0, 0, 0, record.get("writing", 0.0)
     start, quiet = clock() - record["seconds"], True if processes.rank() else None
     with tqdm(total=None if math.isinf(total) else total, disable=quiet, leave=False, unit="image") as bar:
@@ -184,7 +82,10 @@ def fill(draw, store, record, total, budget, batch, save):
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
-    if done < K or wave == 1 and processes.max_over_processes(record["seconds"] > budget):
+    late = num_drawn == wave == 1 and processes.max_over_processes(record["seconds"] > budget)
+    if late and processes.rank() == 0:
+        store.remove()                                          # else the next run would take it for the set
+    if late or done < K:
         raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
                         f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
@@ -205,19 +106,29 @@ class Place:
 
     def __init__(self, out, classes, npz=False):
         self.out, self.classes = out, classes
-        self.stores = PngFolder(out, classes), NpzFile(out, classes)
-        self.store = self.stores[npz]
+        self.store = (stores.NpzFile if npz else stores.PngFolder)(out, classes)
         self.path, self.sheet = self.store.path, out / "distilled.png"
         self.record_path, self.record = out / "distilled.json", None
 
     def open(self, fresh, overwrite):
-        """Reads the record; the dict `fresh` takes its place where there is none or it may be overwritten."""
-        self.record = processes.on_first_process(
-            lambda: open_record(self.record_path, fresh, self.stores, overwrite))
+        """Locks the folder and reads the record, else takes the dict `fresh` for it.
+
+        Raises UserError as locks.take, open_record and the store's claim.
+        """
+        def opened():
+            locks.take(self.out)
+            record = open_record(self.out, fresh, overwrite)
+            self.store.claim()
+            return record
+        self.record = processes.on_first_process(opened)
 
     def overwrite(self):
-        """Removes the set and its record."""
-        processes.on_first_process(lambda: remove_set(self.record_path, self.stores))
+        """Locks the folder, and removes the set and its record. Raises as locks.take and remove_set."""
+        def remove():
+            locks.take(self.out)
+            if self.record_path.is_file():
+                remove_set(self.out, read_record(self.record_path))
+        processes.on_first_process(remove)
 
     def holds(self, ipc, budget):
         """Whether the set is finished, with at least `ipc` images a class or under at least this budget."""
@@ -250,37 +161,60 @@ class Place:
         sheet_items = [(label, index) for label in range(min(20, K)) for index in range(columns)]
         if processes.rank() == 0:
             sheet = sheets.grid(self.store.images(sheet_items), columns)    # a row for each class
-            imageset.write_png(self.sheet, sheet)
+            sheets.write(self.sheet, sheet)
             self.save(record)                                   # it is finished from here on
             self.store.remove_parts()
         return len(items)
 
 
-def open_record(path, fresh, stores, overwrite):
-    """The record in distilled.json to resume, or `fresh` where there is none or it may be overwritten.
+RECORD = {"settings": dict, "classes": schema.are_names, "ipc": schema.between(0, 10**8),
+          "budget": schema.between(0, math.inf, float), "seconds": schema.between(0, math.inf, float),
+          "longest?": float, "writing?": float, "kept?": [[schema.between(0, 10**8)]]}
+
+
+def read_record(path):
+    """The record in a distilled.json. Raises UserError where it is damaged."""
+    return files.load_json(path, RECORD, "record", ": choose --out ELSEWHERE, or remove it")
+
+
+def open_record(out, fresh, overwrite):
+    """The record of the set in `out` to resume, or `fresh` where there is none or it may be overwritten.
 
     Raises UserError where other settings made it, or where there are images without a record.
     """
+    path, all_stores = out / "distilled.json", stores_of(out, fresh["classes"])
     if not path.is_file():
-        for store in stores:
-            if store.path.exists():
-                raise UserError(f"{store.path} is there, but no {path.name} says what it is: "
-                                "choose --out ELSEWHERE, or remove it")
+        found, sheet = [store.path for store in all_stores if store.exists()], out / "distilled.png"
+        if sheet.exists() and not sheets.is_sheet(sheet):
+            found.append(sheet)
+        if found:
+            raise UserError(f"{found[0]} is there, but no {path.name} says what it is: "
+                            "choose --out ELSEWHERE, or remove it")
         return fresh
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): choose --out ELSEWHERE, or remove it") from error
-    if record.get("settings") == fresh["settings"]:
+    record = read_record(path)
+    if record["settings"] == fresh["settings"]:
         return record
     if not overwrite:
-        checkpoint.check_settings(record.get("settings", {}), fresh["settings"], path)
-    remove_set(path, stores)
+        checkpoint.check_settings(record["settings"], fresh["settings"], path)
+    remove_set(out, record)
     return fresh
 
 
-def remove_set(path, stores):
-    """Removes a set, in all its stores, and its record at `path`."""
-    path.unlink(missing_ok=True)
-    for store in stores:
+def stores_of(out, classes):
+    """The stores in which the images of a set in the folder `out` may be."""
+    return stores.PngFolder(out, classes), stores.NpzFile(out, classes)
+
+
+def remove_set(out, record):
+    """Removes a set, in both of its stores, and its record; other files in its folders stay.
+
+    Until all images are gone, the record says that the set is unfinished. Raises UserError where a folder is
+    a link.
+    """
+    path, all_stores = out / "distilled.json", stores_of(out, record["classes"])
+    for store in all_stores:
+        store.claim()
+    files.save_json(path, {**record, "ipc": 0, "budget": 0.0})
+    for store in all_stores:
         store.remove()
+    path.unlink()

@@ -84,7 +84,7 @@ def find_checkpoint(given, folders, redo, shipped):
                  for name in ("base.safetensors", "minimax*.safetensors"))
     if given is None and not exists and shipped.is_file():
         print(f"no checkpoint in {folders[-1]} yet: drawing from {shipped}, which came with the code and was "
-              f"made by: {files.read_header(shipped)['command']}")
+              f"made by: {checkpoint.read_header(shipped)['command']}")
         return shipped
     tuned_folders = [folder for folder in folders if any(folder.glob("minimax*.safetensors"))]
     folder = given or (tuned_folders or folders)[0]
@@ -107,7 +107,8 @@ def load_for_sampling(source, name, device):
     overlap, differ or leave a class out.
     """
     paths = source if isinstance(source, list) else [source]
-    headers = sorted(((files.read_header(path), path) for path in paths), key=lambda pair: pair[0]["phase"])
+    headers = sorted(((checkpoint.read_header(path), path) for path in paths),
+                     key=lambda pair: pair[0]["phase"])
     header, first_path = headers[0]
     subset = archives.class_list(name) if header["data"] == "imagenet" and "base" not in header else None
     if header["data"] != name and not subset:
@@ -142,7 +143,8 @@ def load_phases(headers, header, device):
             raise UserError(f"{path} has the classes {first}-{last}, but class {next_class} should come "
                             "next: run the missing --classes, or remove what overlaps")
         next_class = last + 1
-        tensors = {key: tensor.to(device) for key, tensor in files.load_tensors(path).items()}
+        tensors = files.load_tensors(path, device)
+        files.check_tensors(tensors, phases[0][2] if phases else tensors, path, "first phase")
         phases.append((first, last, tensors))
         weights += "+" + other_header["fingerprint"]
     if next_class != len(header["classes"]):

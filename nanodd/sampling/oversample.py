@@ -85,6 +85,8 @@ def keep_best(args, run, recipe, pool, place, real_judge):
         place.record["kept"] = processes.on_first_process(
             lambda: choose(args, run, recipe, pool.classes, images, ipc, real_judge))
     kept = place.record["kept"]
+    if len(kept) != len(pool.classes) or any(len(part) < ipc or max(part) >= drawn for part in kept):
+        raise UserError(f"{place.record_path} is damaged: \"kept\" does not fit the images of {pool.path}")
     number = place.fill(lambda items: torch.stack([images[c][kept[c][index]] for c, index in items]),
                         ipc, math.inf, args.batch, run.command)
     place.record.update({key: pool.record[key] for key in ("seconds", "budget")})

@@ -6,20 +6,18 @@ drawn with each number of steps in a share of the budget, and its score is the a
 trained from scratch on the pilot alone. Where the budget is long, a pilot is smaller than the set, which
 favours fewer steps a little.
 """
-import json
 import math
 import platform
-import shutil
 import statistics
 from dataclasses import replace
 
 import torch
 
-from nanodd import cli, files, processes
+from nanodd import cli, files, locks, processes, schema
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines
-from nanodd.sampling import distilled
+from nanodd.sampling import distilled, stores
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Pilots and their judges
@@ -76,12 +74,13 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     does not include the time of this function.
     Raises UserError where the budget is too short for one image of each class at any number of steps.
     """
+    processes.on_first_process(lambda: locks.take(place.out))
     if run.overwrite:
         place.overwrite()
     settings = {**settings, "budget": budget, "device": named(run.device), "processes": processes.world(),
                 "compile": run.compile}
     out, path, share = place.out, place.out / "steps.json", pilot_share(budget)
-    decision = processes.on_first_process(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    decision = processes.on_first_process(lambda: read_decision(path) if path.is_file() else {})
     if decision.get("settings") == settings:
         print(f"{path} has decided on {decision['steps']} steps (same settings)")
         return decision["steps"]
@@ -91,11 +90,12 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
           "for each pilot, tested on a fifth of the training images")
     print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
-    store, batch = distilled.PngFolder(out / ".pilots", place.classes), settings["batch"]
+    store, batch = stores.PngFolder(out / ".pilots", place.classes), settings["batch"]
+    processes.on_first_process(store.claim)
     draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warm-up
     rows = [pilot_row(steps, draw_in(steps), judge, store, batch, share, budget) for steps in CANDIDATES]
     rows = [row for row in rows if row is not None]
-    processes.on_first_process(lambda: shutil.rmtree(store.path.parent, ignore_errors=True))
+    processes.on_first_process(lambda: store.remove() or files.remove_empty(store.path.parent))
     if not rows:
         raise UserError(f"the budget of {budget:g} seconds is too short for one image of each class, even in "
                         f"{CANDIDATES[0]} steps; a pilot gets {share:.0%} of it: raise it, or lower --batch")
@@ -105,6 +105,12 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
         files.save_json(path, {"settings": settings, "share": share, "rows": rows, "steps": best,
                                "command": run.command})
     return best
+
+
+def read_decision(path):
+    """The table and the choice in a steps.json. Raises UserError where it is damaged."""
+    form = {"settings": dict, "steps": schema.between(1, 1000)}
+    return files.load_json(path, form, "table of pilots", ": choose --out ELSEWHERE, or remove it")
 
 
 def pilot_row(steps, draw, judge, store, batch, share, budget):

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from PIL import Image, PngImagePlugin
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from nanodd import processes
+from nanodd import files, processes
 from nanodd.data import imageset
 from nanodd.sampling import solvers
 
+MARK = "nanoDD, a sheet of samples"
 STEPS, CLASSES = 10, 10        # network calls an image, two each with guidance; classes on a sheet, at most
 
 # ----------------------------------------------------------------------------------------------------
@@ -92,6 +95,23 @@ def grid(images, columns):
     return make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
 
 
+def write(path, sheet):
+    """(3, h, w) uint8 -> a PNG file, written atomically, with the text chunk "Software" of a sheet."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Software", MARK)
+    with files.atomic_write(path) as temporary:
+        to_pil_image(sheet).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def is_sheet(path):
+    """Whether the file `path` is a sheet that `write` wrote, and no picture of the user's."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except Exception:                                           # Pillow raises errors of many kinds
+        return False
+
+
 def growing(start, path):
     """The function of k that draws row k = 1, 2, ... of the PNG file `path`: training.fit's `show`."""
     print(f"{path}: grows by a row of samples after each tenth of the steps")
@@ -107,11 +127,11 @@ def add_row(start, path, k):
     row = grid(images, len(images))                                         # (3, height + 2, w)
     height = row.shape[1] - 2                                   # two rows share the two pixels between them
     above = imageset.open_image(path)[:, :(k - 1) * height] if k > 1 and path.is_file() else row[:, :0]
-    imageset.write_png(path, torch.cat([above, row], dim=1))
+    write(path, torch.cat([above, row], dim=1))
 
 
 def save_pair(before, after, path):
     """Writes two rows of pictures, (n, C, H, W) uint8 each, to the PNG file `path`, on the first process."""
     if processes.rank() == 0:
-        imageset.write_png(path, grid(torch.cat([before, after]), len(before)))
+        write(path, grid(torch.cat([before, after]), len(before)))
         print(f"{path}: samples of the same seeds, of the base model above, fine-tuned below")

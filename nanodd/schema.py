@@ -1,0 +1,108 @@
+"""Whether plain data that was read from a file, JSON or a saved state, has the expected form.
+
+A schema is a type (int does not mean bool; float takes a finite int, too), a function that says whether the
+value is right, [schema] for a list, {key: schema} for a dict, whose keys that end in "?" may be missing, or a
+tuple of schemas, one of which must fit. Further keys of a dict are allowed.
+"""
+import math
+import os
+from contextlib import contextmanager
+
+import torch
+
+from nanodd.errors import UserError
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Forms
+
+
+def mismatch(value, schema, name="it"):
+    """Where the value does not have the form of the schema, in words; None where it has."""
+    if isinstance(schema, tuple):
+        found = [mismatch(value, part, name) for part in schema]
+        return found[0] if all(found) else None
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return f"{name} is {shown(value)}, no table of names and values"
+        wanted = {key.removesuffix("?"): part for key, part in schema.items() if not
+                  (key.endswith("?") and key[:-1] not in value)}
+        missing = [key for key in wanted if key not in value]
+        if missing:
+            return f"{name} lacks {missing[0]}"
+        found = [mismatch(value[key], part, key) for key, part in wanted.items()]
+        return next(filter(None, found), None)
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return f"{name} is {shown(value)}, no list"
+        found = (mismatch(part, schema[0], f"an entry of {name}") for part in value)
+        return next(filter(None, found), None)
+    if isinstance(schema, type):
+        fits = isinstance(value, (int, float) if schema is float else schema)
+        fits = fits and (schema is bool or not isinstance(value, bool))
+        fits = fits and (schema is not float or math.isfinite(value))
+        return None if fits else f"{name} is {shown(value)}, no {schema.__name__}"
+    return None if schema(value) else f"{name} is {shown(value)}"
+
+
+def require(value, schema):
+    """Returns the value. Raises ValueError where it does not have the form of the schema."""
+    wrong = mismatch(value, schema)
+    if wrong:
+        raise ValueError(wrong)
+    return value
+
+
+def shown(value):
+    """A value in a few words, for a message."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def between(low, high, kind=int):
+    """The schema of a number (of the type `kind`) from low to high."""
+    return lambda value: mismatch(value, kind) is None and low <= value <= high
+
+
+def is_name(text):
+    """Whether a class name can name a folder here: one plain path component of at most 255 bytes."""
+    return (isinstance(text, str) and text not in ("", ".", "..")
+            and not set(text) & {os.sep, os.altsep, "\0"}
+            and len(text.encode(errors="surrogatepass")) <= 255)
+
+
+def are_names(classes):
+    """Whether `classes` is a list of different names, each of which can name a folder."""
+    return (isinstance(classes, list) and len(classes) > 0 and all(map(is_name, classes))
+            and len(set(classes)) == len(classes))
+
+
+def check_names(classes, path):
+    """Raises UserError where class names that were read from `path` cannot name folders, or occur twice.
+
+    A name such as "../photos" would make sample.py write outside of --out.
+    """
+    bad = [name for name in classes if not is_name(name)]
+    if bad:
+        raise UserError(f"{path} has a class called {shown(bad[0])}, which cannot be the name of a folder")
+    if not are_names(list(classes)):
+        twice = sorted({name for name in classes if list(classes).count(name) > 1})
+        raise UserError(f"{path} has the class {twice[0]} twice" if twice else f"{path} has no classes")
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Reading
+
+
+@contextmanager
+def reading(path, kind, advice=""):
+    """Turns what goes wrong in the block that reads the file `path` into a UserError: the file is damaged.
+
+    kind: what it should be, "checkpoint". advice: how to go on. A full memory and Ctrl-C pass.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                                  # a damaged file may raise anything
+        words = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path} is damaged or no {kind} of nanoDD ({words}){advice}") from error

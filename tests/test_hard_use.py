@@ -1,0 +1,327 @@
+"""Files of the user's beside ours, two commands at once, and stops of every kind."""
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import conftest
+import diffusion
+import minimax
+import sample
+import train_eval
+from conftest import drawn_files
+from nanodd import files, locks
+from nanodd.networks import training
+from nanodd.sampling import distilled, pilots, sheets, stores
+
+OUT, SET = pathlib.Path("out/digits"), pathlib.Path("out/digits/distilled")
+
+
+def put(*paths):
+    """Writes files of the user's, and returns the function that says whether all are as they were."""
+    for path in map(pathlib.Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"the user's {path.name}")
+    return lambda: all(path.read_text() == f"the user's {path.name}" for path in map(pathlib.Path, paths))
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. What is not ours
+
+
+@pytest.mark.parametrize("more", [["--ipc", "2"], ["--seed", "1", "--overwrite"], ["--npz", "--overwrite"]])
+def test_files_that_a_user_puts_into_the_set_stay(tuned, capsys, more):
+    sample.main(["--ipc", "1", "--steps", "2"])
+    own = put(SET / "holiday/beach.png", SET / "3/mine.png", SET / "3/123.png", SET / "notes.txt",
+              OUT / "distilled.npz.old/x.npy", OUT / "distilled.npz.parts/mine.npy", OUT / ".pilots/x.png",
+              OUT / "judges/notes")
+    sample.main(["--ipc", "1", "--steps", "2", *more])
+    said = capsys.readouterr().out
+    assert own() and "out/digits/distilled has 4 more files, which are not of this set and stay" in said
+    ours = [file for file in drawn_files() if file.rsplit("/", 1)[1][:5].isdecimal()]
+    assert len(ours) == (20 if more == ["--ipc", "2"] else 0 if "--npz" in more else 10)
+
+
+def test_the_images_of_a_set_of_other_classes_are_removed_with_it(tuned, pictures):
+    sample.main(["--ipc", "1", "--steps", "2"])
+    minimax.main(["--data", str(pictures)])
+    sample.main(["--data", str(pictures), "--ipc", "1", "--steps", "2", "--out", str(OUT), "--overwrite",
+                 "--checkpoint", "out/pictures/minimax.safetensors"])
+    assert sorted(path.name for path in SET.iterdir()) == ["ant", "bee"]
+
+
+@pytest.mark.parametrize("link", ["distilled", "distilled/4"])
+@pytest.mark.parametrize("more", [["--ipc", "2"], ["--seed", "1", "--overwrite"]])
+def test_nothing_is_written_or_removed_behind_a_link(tuned, sentence, link, more):
+    sample.main(["--ipc", "1", "--steps", "2"])
+    shutil.move(OUT / link, "album")
+    own = put("album/trip.png", "album/00007.png")
+    (OUT / link).symlink_to(pathlib.Path("album").resolve())
+    before = {path: path.read_bytes() for path in pathlib.Path(".").rglob("*") if path.is_file()}
+    said = sentence(sample.main, "--ipc", 1, "--steps", 2, *more)
+    assert f"out/digits/{link} is a link to " in said and own()
+    del before[OUT / ".lock"]
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_pictures_and_logs_that_are_not_ours_are_not_replaced(tuned, sentence, capsys):
+    for main, name, argv in ((sample.main, "distilled.png", ["--ipc", "1"]),
+                             (sample.main, "distilled.npz", ["--ipc", "1"]),
+                             (diffusion.main, "base.log.jsonl", []), (diffusion.main, "base.png", []),
+                             (minimax.main, "minimax.png", ["--base", str(OUT / "base.safetensors")]),
+                             (sample.main, "steps.json", ["--steps", "auto", "--seconds", "1"]),
+                             (train_eval.main, "results.jsonl", [str(SET)])):
+        if main is train_eval.main:
+            sample.main(["--ipc", "1", "--steps", "2"])
+        own = put(f"mine/{name}")
+        for more in ([], ["--overwrite"] * (main is not train_eval.main)):
+            said = sentence(main, *argv, *more, "--out", "mine")
+            assert name in said and ("ELSEWHERE" in said or "delete that line" in said) and own(), said
+        shutil.rmtree("mine")
+
+
+def test_sheets_and_logs_of_ours_are_known_again(tuned):
+    (OUT / "base.safetensors").unlink()
+    assert sheets.is_sheet(OUT / "base.png") and training.is_log(OUT / "base.log.jsonl")
+    diffusion.main([])                                          # the user removed the checkpoint alone
+    (OUT / "base.safetensors").unlink()
+    (OUT / "base.log.jsonl").unlink()
+    diffusion.main([])
+    sample.main(["--ipc", "1"])
+    shutil.rmtree(SET)
+    (OUT / "distilled.json").unlink()
+    sample.main(["--ipc", "1"])
+    assert sheets.is_sheet(OUT / "distilled.png") and not sheets.is_sheet(SET / "0/00000.png")
+
+
+def test_pilots_leave_what_they_did_not_draw(tuned, clock, monkeypatch):
+    monkeypatch.setattr(pilots, "CANDIDATES", (1, 2))
+    monkeypatch.setattr(pilots, "judge_of_pilots", lambda *_: lambda folder: 50.0)
+    own = put(OUT / ".pilots/mine.png", OUT / ".pilots/distilled/0/mine.png")
+    sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "10"])
+    assert own() and not list((OUT / ".pilots").rglob("0000*"))
+    shutil.rmtree(OUT / ".pilots")
+    (OUT / "steps.json").unlink()
+    sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "10", "--overwrite"])
+    assert not (OUT / ".pilots").exists()
+
+
+def test_a_kill_while_a_set_is_removed_leaves_an_unfinished_set(tuned, monkeypatch, capsys):
+    argv = ["--ipc", "2", "--steps", "2"]
+    sample.main(argv)
+    whole = drawn_files()
+
+    def killed(self):
+        self.file(3, 1).unlink()
+        raise SystemExit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stores.PngFolder, "remove", killed)
+        sample.main([*argv, "--seed", "1", "--overwrite"])
+    sample.main(argv)                                           # the old settings: what is missing comes back
+    assert drawn_files() == whole
+    sample.main([*argv, "--seed", "1", "--overwrite"])
+    assert drawn_files().keys() == whole.keys() and drawn_files() != whole
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Two at once
+
+
+@pytest.fixture
+def other(tuned):
+    """out/digits as another process has it locked."""
+    with open(OUT / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("4711 (since 2026-11-26 05:21:23)")
+        file.flush()
+        yield
+
+
+def test_the_second_command_on_a_folder_is_refused(other, sentence, narrow):
+    words = ("out/digits is in use by process 4711 (since 2026-11-26 05:21:23): wait, or choose --out "
+             "ELSEWHERE")
+    before = {path: path.stat().st_mtime_ns for path in OUT.iterdir()}
+    for main, argv in ((diffusion.main, ["--seed", "1", "--overwrite"]),
+                       (minimax.main, ["--seed", "1", "--overwrite"]), (sample.main, ["--ipc", "1"]),
+                       (sample.main, ["--ipc", "1", "--npz"]),
+                       (sample.main, ["--steps", "auto", "--seconds", "1"]), (train_eval.main, ["full"])):
+        assert words in sentence(main, *argv)
+    assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
+    sample.main(["--ipc", "1", "--out", "elsewhere"])           # reading is no use of the folder
+
+
+def test_a_lock_is_taken_once_and_given_back(tmp_path):
+    locks.take(tmp_path / "a")
+    locks.take(tmp_path / "a/../a")
+    with open(tmp_path / "a/.lock", "r+") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.release()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_is_warned_of(tuned, monkeypatch, capsys):
+    def unsupported(file):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+    monkeypatch.setattr(locks, "lock", unsupported)
+    sample.main(["--ipc", "1"])
+    assert "out/digits cannot be locked (Operation not supported)" in capsys.readouterr().err
+    assert len(drawn_files()) == 10
+
+
+def test_a_lock_is_not_followed_to_a_file_of_the_users(tuned, sentence):
+    own = put("mine.txt")
+    (OUT / ".lock").unlink()
+    (OUT / ".lock").symlink_to(pathlib.Path("mine.txt").resolve())
+    assert "cannot read or write" in sentence(sample.main, "--ipc", 1) and own()
+
+
+def test_of_two_commands_at_once_one_draws_and_one_is_refused(tuned):
+    """As two terminals would; the slower one of them finds either the lock, or the finished set."""
+    code = (f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+            "import conftest, sample\n"
+            "for where, name, value in conftest.shrink(): where[name] = value\n"
+            "sample.main(['--npz', '--ipc', '60', '--steps', '9', '--batch', '8'])")
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    said = [(*run.communicate(), run.returncode) for run in runs]
+    assert sorted(rc for _, _, rc in said) in ([0, 2], [0, 0]), said
+    for out, error, rc in said:
+        assert "saved out/digits/distilled.npz" in out or "left as it is" in out if rc == 0 else \
+            f"out/digits is in use by process {runs[0].pid}" in error or \
+            f"out/digits is in use by process {runs[1].pid}" in error
+    labels = conftest.np.load(OUT / "distilled.npz")["labels"]
+    assert conftest.np.bincount(labels).tolist() == [60] * 10
+    assert len(conftest.np.load(OUT / "distilled.npz")["images"]) == 600
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Stops, disks, leftovers
+
+
+def spent(clock_at, argv, monkeypatch, after):
+    """Runs sample.main(argv) until `after` blocks are drawn; then a second passes, and it is killed."""
+    drawn, real = [0], stores.PngFolder.write
+
+    def write(self, items, images):
+        real(self, items, images)
+        drawn[0] += 1
+        if drawn[0] == after:
+            clock_at[0] += 1.0
+            raise SystemExit(9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stores.PngFolder, "write", write)
+        sample.main(argv)
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A list with the time, which each drawn block moves by half a second."""
+    now, draw = [0.0], sample.draw
+
+    def timed(*args, **pull):
+        now[0] += 0.5
+        return draw(*args, **pull)
+    monkeypatch.setattr(sample, "draw", timed)
+    monkeypatch.setattr(distilled, "clock", lambda: now[0])
+    return now
+
+
+def test_a_budget_that_a_killed_run_has_spent_ends_with_the_rounds_that_are_there(tuned, time, monkeypatch):
+    argv = ["--seconds", "1.5", "--steps", "2", "--batch", "10"]
+    sample.main([*argv, "--out", "whole"])
+    spent(time, argv, monkeypatch, 3)
+    path = OUT / "distilled.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    sample.main(argv)
+    record = json.loads(path.read_text())
+    assert record["ipc"] == 3 and record["budget"] == 1.5 and round(record["seconds"], 9) == 1.8
+    assert drawn_files() == drawn_files("whole") and len(drawn_files()) == 30
+
+
+def test_a_first_block_that_is_on_disk_is_a_round(tuned, time, monkeypatch):
+    argv = ["--seconds", "0.9", "--steps", "2", "--batch", "20"]
+    spent(time, argv, monkeypatch, 1)
+    path = OUT / "distilled.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    sample.main(argv)
+    assert json.loads(path.read_text())["ipc"] == 2
+
+
+def test_a_spent_budget_without_a_complete_round_is_refused_each_time(tuned, time, monkeypatch, sentence):
+    argv = ["--seconds", "0.9", "--steps", "2", "--batch", "5"]
+    spent(time, argv, monkeypatch, 1)
+    path = OUT / "distilled.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    for _ in range(2):
+        assert "too short for one image of each class" in sentence(sample.main, *argv)
+    late = ["--seconds", "0.3", "--steps", "2", "--batch", "20", "--out", "late"]
+    for _ in range(2):                                          # the first block takes more than the budget
+        assert "too short for one image of each class" in sentence(sample.main, *late)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "x"), OSError("encoder error -2"),
+                                   FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+                                   OSError(errno.ENOSPC, "No space left on device")], ids=str)
+def test_a_disk_that_fails_gets_a_sentence_and_the_same_command_resumes(tuned, monkeypatch, sentence, error):
+    sample.main(["--ipc", "2", "--steps", "2", "--batch", "10", "--out", "whole"])
+    write, calls = sheets.files.os.replace, [0]
+
+    def fails(*paths):
+        calls[0] += 1
+        if calls[0] == 15:
+            raise error
+        return write(*paths)
+    argv = ["--ipc", "2", "--steps", "2", "--batch", "10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        said = sentence(sample.main, *argv)
+    assert "cannot read or write: " in said and said.endswith("and the same command resumes")
+    sample.main(argv)
+    assert drawn_files() == drawn_files("whole") and not list(OUT.rglob("*.tmp"))
+
+
+def test_a_folder_that_is_removed_in_the_middle_gets_a_sentence(tuned, monkeypatch, sentence, tmp_path):
+    draw = sample.draw
+
+    def removes(*args, **pull):
+        shutil.rmtree("mine")
+        pathlib.Path("mine").write_text("a file in its place")
+        return draw(*args, **pull)
+    monkeypatch.setattr(sample, "draw", removes)
+    assert "cannot make the folder mine" in sentence(sample.main, "--ipc", 1, "--out", "mine")
+
+
+def test_out_that_is_a_link_to_itself_gets_a_sentence(sentence):
+    os.symlink("out", "out")
+    for main, argv in ((diffusion.main, []), (minimax.main, []), (train_eval.main, ["full"])):
+        assert "symbolic link" in sentence(main, *argv)
+    for main, argv in ((diffusion.main, []), (minimax.main, []), (train_eval.main, ["full"])):
+        assert "cannot make the folder out" in sentence(main, *argv, "--out", "out")
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tuned):
+    dead, alive = 2**22 + 1, os.getppid()                       # above the largest number of a process
+    sample.main(["--ipc", "1", "--steps", "2"])
+    gone = [f"{OUT}/.base.resume.pt.{dead}.tmp", f"{SET}/3/.00001.png.{dead}.tmp",
+            f"{OUT}/.x.png.{os.getpid()}.tmp"]
+    kept = [f"{OUT}/.base.resume.pt.{alive}.tmp", f"{OUT}/.mine.tmp", f"{SET}/.notes", f"{OUT}/x.{dead}.tmp"]
+    put(*gone)
+    own = put(*kept)
+    sample.main(["--ipc", "2", "--steps", "2"])
+    assert own() and not any(map(os.path.exists, gone))
+
+
+def test_the_states_of_judges_go_with_their_row_and_leave_other_files(tmp_path):
+    checkpoint = train_eval.judges.JudgeCheckpoint(tmp_path / "row")
+    own = put(tmp_path / "row/mine")
+    (tmp_path / "row/seed0.pt").write_bytes(b"")
+    checkpoint.remove()
+    assert own() and not (tmp_path / "row/seed0.pt").exists()
+    assert files.os.listdir(tmp_path / "row") == ["mine"]
