@@ -24,6 +24,7 @@ J. Song et al. 2021 (DDIM), Ho & Salimans 2022, Kynkaanniemi et al. 2024 (guidan
 import functools
 import hashlib
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -204,7 +205,7 @@ def image_noise(seed, names, shape, device):
 
     names: (class name, index) of each image; they and `seed` fix its noise, in whatever batch it is drawn.
     """
-    digests = [hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest() for name, index in names]
+    digests = [hashlib.sha256(os.fsencode(f"{seed}/{name}/{index}")).digest() for name, index in names]
     # torch's CPU generator keeps 32 bits of a seed: among 100,000 images about one pair shares its noise
     generators = [torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")) for digest in digests]
 

@@ -65,9 +65,12 @@ def between(low, high, kind=int):
 
 def is_name(text):
     """Whether a class name can name a folder here: one plain path component of at most 255 bytes."""
-    return (isinstance(text, str) and text not in ("", ".", "..")
-            and not set(text) & {os.sep, os.altsep, "\0"}
-            and len(text.encode(errors="surrogatepass")) <= 255)
+    if not isinstance(text, str) or text in ("", ".", "..") or set(text) & {os.sep, os.altsep, "\0"}:
+        return False
+    try:
+        return len(os.fsencode(text)) <= 255
+    except UnicodeEncodeError:                                  # half of a surrogate pair
+        return False
 
 
 def are_names(classes):

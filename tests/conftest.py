@@ -26,7 +26,7 @@ import diffusion
 import minimax
 import sample
 import train_eval
-from nanodd import files, recipes
+from nanodd import files, locks, recipes
 from nanodd.data import archives
 from nanodd.networks import autoencoder, uvit
 from nanodd.sampling import distilled
@@ -53,11 +53,13 @@ def dry_run(argv):
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty current directory, and the small recipes."""
+    """An empty current directory, and the small recipes; folders that the test locked are released."""
     monkeypatch.chdir(tmp_path)
     for where, name, value in shrink():
         monkeypatch.setitem(where, name, value)
     torch.manual_seed(0)
+    yield
+    locks.release()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import conftest
 import diffusion
@@ -16,8 +17,10 @@ import minimax
 import sample
 import train_eval
 from conftest import drawn_files
-from nanodd import files, locks
-from nanodd.networks import training
+from nanodd import cli, files, locks
+from nanodd.data import datasets
+from nanodd.errors import UserError
+from nanodd.networks import latents, training
 from nanodd.sampling import distilled, pilots, sheets, stores
 
 OUT, SET = pathlib.Path("out/digits"), pathlib.Path("out/digits/distilled")
@@ -154,6 +157,21 @@ def test_the_second_command_on_a_folder_is_refused(other, sentence, narrow):
         assert words in sentence(main, *argv)
     assert {path: path.stat().st_mtime_ns for path in OUT.iterdir()} == before
     sample.main(["--ipc", "1", "--out", "elsewhere"])           # reading is no use of the folder
+
+
+def test_pictures_are_encoded_by_one_command_at_a_time(imagenet):
+    data = datasets.load("imagewoof", imagenet.root)
+    run = cli.Run("", torch.device("cpu"), 0, False, None, False, False, str(imagenet.vae))
+    whole = latents.prepared(data, run)
+    locks.release()
+    cache = next(pathlib.Path("out/imagewoof").glob("latents-*"))
+    with open(cache / ".lock", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert torch.equal(latents.prepared(data, run).moments, whole.moments)      # reading takes no lock
+        next(cache.glob("*.safetensors")).unlink()
+        with pytest.raises(UserError, match="latents-64-.* is in use by process"):
+            latents.prepared(data, run)
+    assert torch.equal(latents.prepared(data, run).moments, whole.moments)
 
 
 def test_a_lock_is_taken_once_and_given_back(tmp_path):

@@ -15,7 +15,7 @@ import minimax
 import sample
 import train_eval
 from conftest import drawn_files
-from nanodd import files, locks, running, schema
+from nanodd import files, running, schema
 from nanodd.errors import UserError, printable
 from nanodd.judging import judges, results
 from nanodd.networks import latents
@@ -160,7 +160,6 @@ def test_a_damaged_line_of_results_is_named(tmp_path):
             results.open_log(tmp_path)
         text = (tmp_path / "results.jsonl").read_text()
         (tmp_path / "results.jsonl").write_text(text.splitlines()[0] + "\n")
-    locks.release()
     rows = [{"data": "cifar100", "size": 32}, {"data": "tiny-imagenet", "size": 64, "judge": 3}]
     assert results.challenge_score(rows) is None
 

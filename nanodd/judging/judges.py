@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nanodd import files, locks, schema
 from nanodd.data import imageset
-from nanodd.errors import UserError
+from nanodd.errors import UserError, printable
 from nanodd.judging import augment
 
 clock = time.monotonic         # seconds; tests replace it
@@ -216,7 +216,8 @@ def side_by_side(trains, test, recipe, epochs, seeds, *, build, train, accuracy,
         accuracies = train_one(run, sized[id(test)], recipe, epochs, train, accuracy, num_evals, bf16,
                                compiled, checkpoint, stop)
         if name and not sys.stderr.isatty():
-            print(f"{name} | a judge of {len(runs)} | {accuracies[-1]:.2f} %", file=sys.stderr, flush=True)
+            print(printable(f"{name} | a judge of {len(runs)} | {accuracies[-1]:.2f} %"), file=sys.stderr,
+                  flush=True)
         return accuracies
     if device.type != "cpu" or len(runs) == 1:
         curves = [work(run) for run in runs]
