@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import urllib.request
 from contextlib import contextmanager
 
@@ -133,6 +134,19 @@ def fetch(url, name, flag):
     advice = f"download it elsewhere and point {flag} at the file"
     processes.on_first_process(lambda: path.is_file() or download(url, path, advice))
     return path
+
+
+def foreign(path):
+    """What the file `path` is instead of data, in words: empty, a Git LFS pointer, a web page; else None."""
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if not head:
+        return "it is empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, and the data itself was not downloaded (git lfs pull does that)"
+    if re.match(rb"\s*<(!doctype )?html", head, re.IGNORECASE):
+        return "it is a web page (perhaps what a server sent in place of a download)"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -9,19 +9,18 @@ class is therefore an error and never shifts the labels.
 import hashlib
 import pathlib
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import functional as TF
 
 from nanodd import files
-from nanodd.errors import UserError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from nanodd.data import npz, pictures
+from nanodd.data.pictures import SUFFIXES
+from nanodd.errors import UserError, printable
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The two kinds of set
@@ -94,7 +93,7 @@ class ImageFiles(NamedTuple):
             raise UserError(f"{broken[0]} ({len(broken)} of {len(images)} images cannot be read; "
                             "--skip-broken leaves them out)")
         for error in broken:
-            print(f"left out: {error}", file=sys.stderr)
+            print(printable(f"left out: {error}"), file=sys.stderr)
         readable = torch.tensor([isinstance(image, torch.Tensor) for image in images])
         images = [image for image in images if isinstance(image, torch.Tensor)]
         if len({image.shape for image in images}) > 1:
@@ -117,7 +116,8 @@ def fingerprint(train, times=False):
             facts.append((file.parent.name, file.name, stat.st_size, stat.st_mtime_ns if times else None))
     else:
         facts.append(files.fingerprint({"images": train.images, "labels": train.labels}))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] + " " + " ".join(train.classes)[:60]
+    names = " ".join(train.classes)[:60].encode(errors="backslashreplace").decode()  # invalid UTF-8, too
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] + " " + names
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -141,22 +141,29 @@ def open_image(path, size=None, channels=3):
     Transparent images are composed over white; 16-bit grey is scaled by 1/257, where PIL's own conversion
     clips it; a camera's rotation flag is applied. Raises UserError, naming the file, where it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                grey = (np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8)
-                image = Image.fromarray(grey)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if channels is not None or image.mode not in ("L", "RGB"):
-                image = image.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
-    if size and image.size != (size, size):
-        image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size)
-    return TF.pil_to_tensor(image)                                          # (C, H, W)
+    with pictures.decoded(path, size) as image:
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).clip(0, 65535).astype(np.int32)
+            grey += 128                                         # with it // rounds; 257 is odd: no halves
+            grey //= 257                                        # in place, as a scan may have 10^8 pixels
+            image = Image.fromarray(grey.astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if channels is not None or image.mode not in ("L", "RGB"):
+            image = image.convert("L" if channels == 1 else "RGB")
+        if size and image.size != (size, size):
+            image = cut_strip(image, image.height, image.width)
+            image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size)
+        return TF.pil_to_tensor(image)                                      # (C, H, W)
+
+
+def cut_strip(images, height, width):
+    """Centre-crops images of a side over 16 times the other: resized whole, 60000x1 pixels would be 16 GB."""
+    longest = 16 * min(height, width)
+    if max(height, width) <= longest:
+        return images
+    return TF.center_crop(images, [min(height, longest), min(width, longest)])
 
 
 def write_png(path, image):
@@ -171,6 +178,7 @@ def resize_and_crop(images, size, channels):
         images = TF.rgb_to_grayscale(images)
     images = images.expand(-1, channels, -1, -1)
     if size and tuple(images.shape[2:]) != (size, size):
+        images = cut_strip(images, *images.shape[2:])
         images = TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
     return images
 
@@ -185,7 +193,7 @@ def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     size, channels: of the returned images, as in open_image. classes: the names in label order; a folder
     that lacks one of them or has another is an error. Without it the sorted folder names are the classes.
     Raises UserError for a missing or empty folder, an unreadable image that is not to be skipped, a class
-    without images.
+    without images, or an .npz with other contents.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -193,7 +201,8 @@ def read_set(path, size=None, channels=3, classes=None, skip_broken=False):
     if path.suffix != ".npz" and not path.is_dir():
         raise UserError(f"{path} is neither a folder of class folders nor an .npz")
     if path.suffix == ".npz":
-        dataset = read_npz(path, size, channels)
+        images, labels, names = npz.read(path)
+        dataset = ImageSet(resize_and_crop(images, size, channels), labels, names)
     else:
         dataset = list_folder(path, size, channels)._replace(skip_broken=skip_broken).read()
     classes = list(classes or dataset.classes)
@@ -219,41 +228,27 @@ def list_folder(path, size, channels, classes=None):
 
     Raises UserError where there are no class folders, or no images in one of them.
     """
-    if classes is None:
-        classes = sorted(entry.name for entry in path.iterdir()
-                         if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        class_files = sorted(file for file in (path / name).rglob("[!.]*")
-                             if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not class_files:
-            raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
-        paths += class_files
-        labels += [label] * len(class_files)
-    return ImageFiles(paths, torch.tensor(labels), classes, size, channels)
-
-
-def read_npz(path, size, channels):
-    """An .npz as sample.py writes it (images (N, C, H, W) uint8, labels (N,), classes (K,)) -> ImageSet.
-
-    Raises UserError where it has other contents.
-    """
+    paths, labels, passed_over = [], [], []
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
-            classes = [str(name) for name in arrays["classes"]]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no .npz with images, labels and classes: {error}") from error
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
-        raise UserError(f"{path}: images must be uint8 (N, C, H, W) with one label each, "
-                        f"not {images.dtype} {tuple(images.shape)}")
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"{path}: labels must lie in 0..{len(classes) - 1}")
-    if images.shape[1] not in (1, 3):
-        raise UserError(f"{path}: images must have 1 or 3 channels, not {images.shape[1]}")
-    return ImageSet(resize_and_crop(images, size, channels), labels, classes)
+        if classes is None:
+            classes = sorted(entry.name for entry in path.iterdir()
+                             if entry.is_dir() and not entry.name.startswith("."))
+        if not classes:
+            raise UserError(f"{path} holds no class folders (expected {path}/<class>/<image>.png)")
+        for label, name in enumerate(classes):
+            class_files, others = pictures.image_files(path / name)
+            if not class_files:
+                raise UserError(f"the class folder {path / name} holds no images ({', '.join(SUFFIXES)})")
+            paths += class_files
+            labels += [label] * len(class_files)
+            passed_over += others
+    except OSError as error:
+        raise UserError(f"cannot list {error.filename or path}: {error.strerror}") from error
+    if passed_over:
+        first = passed_over[0].relative_to(path)
+        print(printable(f"passed over: {len(passed_over)} of the files in {path} (first: {first}), since "
+                        f"only {', '.join(SUFFIXES)} are read, and no broken links"))
+    return ImageFiles(paths, torch.tensor(labels), classes, size, channels)
 
 
 def test_folder(root, names=("test", "val")):

@@ -51,7 +51,7 @@ def prepared(data, run):
     train, source, device = data.train, run.vae, run.device
     if not data.recipe.latents:
         return train.to(device)
-    folder = str(train.files[0].parent.parent.resolve()).encode()
+    folder = str(train.files[0].parent.parent.resolve()).encode(errors="surrogatepass")
     cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(folder).hexdigest()[:8]}")
     all_labels = train.labels.unique().tolist()
     paths = {c: cache / f"{train.classes[c]}.safetensors" for c in all_labels}
