@@ -20,7 +20,7 @@ kind, rank, step = sys.argv[1], int(os.environ["RANK"]), training.Trainer.step
 def fails(self, number):
     """The optimizer's step, with the fault of this kind on the second process."""
     if kind == "orphan":
-        time.sleep(0.1)
+        time.sleep(0.03)
     elif rank == 1 and number == 3:
         raise UserError("a mistake that one process sees") if kind == "error" else KeyError("a bug")
     return step(self, number)

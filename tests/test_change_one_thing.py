@@ -13,14 +13,15 @@ DIFFS = ROOT / "docs/change_one_thing"
 
 # What the changed copy of the code runs; it prints what the tests below look at.
 CODE = """
-import json, sys
+import functools, json, sys
 sys.path[:0] = sys.argv[1:]
-import conftest, diffusion, memory, minimax, sample, torch, train_eval
+import conftest, convnet, diffusion, memory, minimax, sample, torch, train_eval
 from gaussian import errors
 from nanodd import files
 from nanodd.sampling import solvers
 for where, name, value in conftest.shrink():
     where[name] = value
+convnet.JUDGES["convnet3"] = "ConvNetD3-W8", functools.partial(convnet.ConvNet, width=8)
 schedule, seen = diffusion.Schedule(), {}
 
 seen["heun"] = errors("heun", (20, 40), schedule, "quadratic")

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch, clock):
+def archive(tmp_path, monkeypatch, narrow, clock):
     """CIFAR-100's archive with five pictures a class, and the proof at its least; only drawing takes time."""
     write_cifar(tmp_path / "archive", CIFAR100, FINE, monkeypatch)
     least = cifar100_rows.TINY._replace(base="--steps 4", small="--network XS --steps 1", tune="--steps 2",

@@ -2,6 +2,7 @@
 import argparse
 import json
 import pathlib
+import shutil
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ import imagenet as benchmark
 import minimax
 import sample
 import train_eval
+from conftest import NARROW, shrink
 from nanodd import cli, files, recipes
 from nanodd.data import archives, datasets, imageset
 from nanodd.networks import autoencoder, checkpoint, latents, models, published, training
@@ -27,6 +29,27 @@ def tune(imagenet, *more):
     diffusion.main(["--weights", str(imagenet.weights)])
     minimax.main(["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps",
                   "2", *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def woof_files(imagenet_files, tmp_path_factory):
+    """A folder where tune was run once, on the pictures that all tests share."""
+    home = tmp_path_factory.mktemp("woof")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for where, name, value in shrink():
+            patch.setitem(where, name, value)
+        patch.setattr(autoencoder, "WIDTHS", NARROW)
+        tune(imagenet_files)
+    return home
+
+
+@pytest.fixture
+def woof(woof_files, imagenet_files, workplace, monkeypatch):
+    """imagenet_files, to be read only, and the test's own copy of what tune wrote of them."""
+    monkeypatch.setattr(autoencoder, "WIDTHS", NARROW)
+    shutil.copytree(woof_files / "out", "out")
+    return imagenet_files
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -53,7 +76,9 @@ def test_pictures_to_judged_set(imagenet, capsys):
     assert header["rows"] == [*ROWS["imagewoof"], 1000] and header["classes"] == archives.SUBSETS["imagewoof"]
     assert header["cut"].startswith("ImageNet's own split") and header["latents"]
     assert header["config"]["learned_variance"] and header["config"]["difffit"]
-    assert pathlib.Path("out/imagewoof/minimax.safetensors").stat().st_size < 4e6  # what was tuned, alone
+    model, _ = models.load_model("out/imagewoof/minimax.safetensors")
+    tuned = files.load_tensors("out/imagewoof/minimax.safetensors")         # what was tuned, alone
+    assert set(tuned) == set(models.difffit_parameters(model)) < set(dict(model.named_parameters()))
     assert "python sample.py --sampler ddpm --grid uniform --steps 50 --cfg-channels 3" in said
     sample.main(["--data", "imagewoof", "--steps", "2", "--sampler", "ddpm", "--grid", "uniform", "--ipc",
                  "1", "--cfg-channels", "3", "--vae", str(imagenet.vae), "--no-bf16"])
@@ -78,10 +103,11 @@ def test_the_unfinetuned_model_draws_the_subsets_classes(imagenet, sentence):
     assert "is of the data set imagenet, not digits" in sentence(sample.main, "--checkpoint", base)
 
 
-def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_average(imagenet, tmp_path):
-    tensors = torch.load(imagenet.weights)
-    diffusion.main(["--weights", str(imagenet.weights)])
-    model, header = models.load_model("out/DiT-S-2-64x64/base.safetensors")
+def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_average(tmp_path):
+    tensors = diffusion.DiT("S", 8, 2, 4, 1000, learned_variance=True).state_dict()
+    torch.save(tensors, tmp_path / "DiT-S.pt")
+    diffusion.main(["--weights", str(tmp_path / "DiT-S.pt")])
+    model, header = models.load_model("out/DiT-wide-2-64x64/base.safetensors")
     assert header["data"] == "imagenet" and header["config"]["network"] == "S" and len(header["rows"]) == 1001
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
     torch.save({"model": {"wrong": torch.zeros(1)}, "ema": tensors, "opt": {},
@@ -93,9 +119,9 @@ def test_the_weights_are_taken_as_they_are_and_of_training_checkpoints_the_avera
 def test_weights_that_do_not_fit_are_refused(imagenet, sentence, tmp_path):
     tensors = torch.load(imagenet.weights)
     lost = dict(tensors)
-    del lost["blocks.3.attn.qkv.bias"]
+    del lost["blocks.1.attn.qkv.bias"]
     torch.save(lost, tmp_path / "lost.pt")
-    assert "blocks.3.attn.qkv.bias" in sentence(diffusion.main, "--weights", tmp_path / "lost.pt")
+    assert "blocks.1.attn.qkv.bias" in sentence(diffusion.main, "--weights", tmp_path / "lost.pt")
     torch.save({**tensors, "extra": torch.zeros(1)}, tmp_path / "more.pt")
     assert "extra" in sentence(diffusion.main, "--weights", tmp_path / "more.pt")
     said = sentence(diffusion.main, "--weights", imagenet.weights, "--recipe", "imagenet512")
@@ -113,7 +139,7 @@ def test_without_a_network_a_sentence_says_where_the_weights_are(imagenet, sente
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
     said = sentence(minimax.main, "--data", "imagewoof", "--root", imagenet.root)
-    assert "DiT-S-2-64x64.pt" in said and "diffusion.py --weights" in said
+    assert "DiT-wide-2-64x64.pt" in said and "diffusion.py --weights" in said
     picture = next(imagenet.root.rglob("*.JPEG"))
     said = sentence(benchmark.main, "--picture", picture, "--vae", "mse")
     assert "sd-vae-ft-mse" in said and "--vae" in said
@@ -138,13 +164,11 @@ def test_a_cache_is_made_once_and_again_where_pictures_changed(imagenet, capsys,
     assert "encoding the pictures of 1 of 10 classes" in capsys.readouterr().out
 
 
-def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path, capsys):
-    tune(imagenet)
-    capsys.readouterr()
-    tensors = safetensors.torch.load_file(imagenet.vae)
+def test_a_cache_of_another_autoencoder_is_refused(woof, sentence, tmp_path, capsys):
+    tensors = safetensors.torch.load_file(woof.vae)
     decoder_only = {**tensors, "decoder.conv_out.bias": tensors["decoder.conv_out.bias"] + 1}
     safetensors.torch.save_file(decoder_only, tmp_path / "decoder.safetensors")
-    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--steps", "1", "--vae"]
+    words = ["--data", "imagewoof", "--root", str(woof.root), "--steps", "1", "--vae"]
     words[-1:-1] = ["--out", "out/two"]
     minimax.main([*words, str(tmp_path / "decoder.safetensors")])  # the same encoder
     assert "encoding" not in capsys.readouterr().out
@@ -160,14 +184,13 @@ def test_a_cache_of_another_autoencoder_is_refused(imagenet, sentence, tmp_path,
     assert "encoder 'encoder.safetensors' there" in said
 
 
-def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
-    tune(imagenet)
-    whole = datasets.load("imagewoof", imagenet.root)
-    run = cli.Run("python minimax.py", torch.device("cpu"), 0, False, None, False, False, str(imagenet.vae))
+def test_both_flips_are_cached_and_each_step_draws_its_own_latent(woof):
+    whole = datasets.load("imagewoof", woof.root)
+    run = cli.Run("python minimax.py", torch.device("cpu"), 0, False, None, False, False, str(woof.vae))
     encoded = latents.prepared(whole, run)
     assert encoded.moments.shape == (20, 2, 8, 8, 8) and encoded.moments.dtype == torch.float16
     picture = imageset.to_float(whole.train.pick(torch.tensor([3])).read().images)
-    vae = autoencoder.load_autoencoder(str(imagenet.vae))
+    vae = autoencoder.load_autoencoder(str(woof.vae))
     for side, x in enumerate((picture, picture.flip(3))):
         moments = torch.cat(vae.encode(x), dim=1)[0]
         assert (encoded.moments[3, side].float() - moments).abs().max() < 0.02
@@ -182,16 +205,15 @@ def test_both_flips_are_cached_and_each_step_draws_its_own_latent(imagenet):
     assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3  # six standard errors
 
 
-def test_latents_have_modes_and_pictures_are_chosen(imagenet, monkeypatch):
+def test_latents_have_modes_and_pictures_are_chosen(woof, monkeypatch):
     """Modes are centres of latents; of two pictures a class its latents' mean is the only one."""
-    tune(imagenet)
     monkeypatch.setattr(train_eval, "count_epochs", lambda *_: 1)
-    words = ["--data", "imagewoof", "--root", str(imagenet.root), "--vae", str(imagenet.vae), "--steps", "2"]
+    words = ["--data", "imagewoof", "--root", str(woof.root), "--vae", str(woof.vae), "--steps", "2"]
     sample.main([*words, "--modes", "1", "--ipc", "1", "--oversample", "2", "--out", "out/kept"])
     found = files.load_tensors("out/imagewoof/modes-1-seed0.safetensors")["modes"]
     assert found.shape == (10, 1, 4, 8, 8)
-    run = cli.Run("python sample.py", torch.device("cpu"), 0, False, None, False, False, str(imagenet.vae))
-    encoded = latents.prepared(datasets.load("imagewoof", imagenet.root), run)
+    run = cli.Run("python sample.py", torch.device("cpu"), 0, False, None, False, False, str(woof.vae))
+    encoded = latents.prepared(datasets.load("imagewoof", woof.root), run)
     mean, logvar = encoded.moments[:, 0].float().chunk(2, dim=1)            # 2 of (20, 4, 8, 8), two a class
     means = 0.18215 * mean.view(10, 2, 4, 8, 8).mean(1)         # of a class's two latents; each is sampled
     deviations = 0.18215 * logvar.view(10, 2, 4, 8, 8).exp().sum(1).sqrt() / 2

@@ -45,7 +45,7 @@ def test_pilots_take_no_longer_than_the_budget_or_a_minute():
     assert 7 * 10 * pilots.pilot_share(10) == pytest.approx(60)
 
 
-def test_a_pilot_is_judged_on_training_images_held_back(tuned):
+def test_a_pilot_is_judged_on_training_images_held_back(tuned, narrow):
     sample.main(["--ipc", "2", "--steps", "2"])
     seen = []
 

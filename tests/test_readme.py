@@ -56,11 +56,37 @@ def test_every_command_parses(script, words, monkeypatch):
         MAINS[script[:-3]].main(list(words))
 
 
+# Runs each script with --help as if by itself. What is not ours takes seconds to import, and stays imported.
+ASK = """
+import contextlib, io, json, os, runpy, sys
+root, ours, scripts = json.loads(sys.argv[1])
+path, said = sys.path[1:], []
+for script in scripts:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]
+    script = os.path.join(root, script)
+    sys.path[:], sys.argv = [os.path.dirname(script), *path], [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
+
 @functools.cache
+def helps():
+    """{script: what its --help says} of all benchmarks in the commands; one process is asked once for all."""
+    scripts = sorted({script for script, _ in commands() if script.startswith("benchmarks/")})
+    ours = ["nanodd", *(path.stem for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))]
+    done = subprocess.run([sys.executable, "-c", ASK, json.dumps([str(ROOT), ours, scripts])],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(scripts, json.loads(done.stdout), strict=True))
+
+
 def flags_of(script):
-    """The flags that a benchmark's --help names, asked once, for it takes seconds to start."""
-    said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True).stdout.decode()
-    return set(re.findall(r"--[\w-]+", said))
+    """The flags that a benchmark's --help names."""
+    return set(re.findall(r"--[\w-]+", helps()[script]))
 
 
 class Parsed(Exception):
@@ -389,7 +415,7 @@ def shown():
         yield command, block.splitlines()
 
 
-def test_the_commands_of_the_front_page_say_what_it_shows(capsys):
+def test_the_commands_of_the_front_page_say_what_it_shows(narrow, capsys):
     commands = list(shown())
     assert len(commands) == 3
     for command, lines in commands:

@@ -95,7 +95,7 @@ class Server(http.server.ThreadingHTTPServer):
 @pytest.fixture
 def server(tmp_path):
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
         server.folder = tmp_path / "served"
         server.folder.mkdir()
         server.url = f"http://127.0.0.1:{server.server_port}/"

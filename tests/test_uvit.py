@@ -237,7 +237,7 @@ def test_a_table_without_a_null_row_drops_no_label():
         assert torch.equal(y, train.labels[index])
 
 
-def test_either_backbone_goes_through_every_stage(capsys):
+def test_either_backbone_goes_through_every_stage(narrow, capsys):
     learn_uvit([])
     said = capsys.readouterr().out
     assert said.strip().endswith("out/digits/uvit/base.safetensors -> "
