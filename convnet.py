@@ -92,11 +92,11 @@ def title(net):
 
 def main(argv=None):
     parser = cli.new_parser(__doc__)
-    parser.parse_args(argv)
+    args = parser.parse_args(argv)
     nets = "convnet6", "resnetap10", "resnet18", "timm:resnet18"
     shown = [("digits", "convnet3", 16, 1, 10), ("CIFAR-100", "convnet3", 32, 3, 100),
              ("Tiny-ImageNet", "convnet3", 64, 3, 200), *(("ImageWoof", net, 224, 3, 10) for net in nets)]
-    with running.command(parser), torch.device("meta"):      # meta tensors have shapes but no data
+    with running.command(parser, args), torch.device("meta"):  # meta tensors have shapes but no data
         for name, net, size, channels, classes in shown:
             network = judge(net, size, channels, classes)
             logits = network(torch.zeros(2, channels, size, size))

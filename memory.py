@@ -111,7 +111,7 @@ def main(argv=None):
     parser = cli.new_parser(__doc__)
     parser.add_argument("--slots", type=int, default=64, help="entries per class (default: %(default)s)")
     args = parser.parse_args(argv)
-    with running.command(parser):
+    with running.command(parser, args):
         at_least(1, slots=args.slots)
         rng = torch.Generator().manual_seed(0)
         memories = {rule: Memory(args.slots, rule) for rule in RULES}

@@ -311,8 +311,8 @@ def run(args, command):
         data, device, functools.partial(real_judge, folder=pathlib.Path("out", data.name)))
     planned, ipc = baselines.plan_rows(args.sources, args.pda, args.ipc, pool, home, protocol.baselines,
                                        f"python sample.py --steps 10{cli.data_flags(args)} makes it")
-    data = data._replace(test=test.read().to(device))
     runs, log, rows = args.runs or protocol.runs, results.open_log(home), []
+    data = data._replace(test=test.read().to(device))
     print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "
           f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {runs} runs | "
           f"seed {args.seed}")

@@ -208,7 +208,7 @@ def main(argv=None):
                         help="measure nothing; rewrite the tables and plots of docs/challenge.md")
     args = parser.parse_args(argv)
     scale = cifar100_rows.TINY if args.tiny else cifar100_rows.FULL
-    with running.command(parser):
+    with running.command(parser, args):
         scale.rows.parent.mkdir(parents=True, exist_ok=True)
         if args.minutes is not None:
             if not args.minutes > 0:

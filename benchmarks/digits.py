@@ -232,7 +232,7 @@ def main(argv=None):
     parser.add_argument("--tables", action="store_true",
                         help="measure nothing; rewrite the tables and the plot")
     args = parser.parse_args(argv)
-    with running.command(parser):
+    with running.command(parser, args):
         if not args.tables:
             device = cli.device_named("cpu")
             data = datasets.load()

@@ -155,7 +155,7 @@ def main(argv=None):
                         help="pixels to bring the picture to, a multiple of 8 (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, help="a .jsonl file to append the figures to")
     args = parser.parse_args(argv)
-    with running.command(parser):
+    with running.command(parser, args):
         device = cli.device_named(args.device)
         recipe = replace(recipes.RECIPES["imagenet"], network=args.network)
         if args.picture:

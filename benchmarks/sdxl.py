@@ -80,7 +80,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/sdxl-speed.jsonl"),
                         metavar="FILE", help="where the row goes (default: %(default)s)")
     args = parser.parse_args(argv)
-    with running.command(parser):
+    with running.command(parser, args):
         if args.hash:
             for name in weights.FILES:
                 weights.check_size(args.hash, name)

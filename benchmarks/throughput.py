@@ -70,7 +70,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda, cuda:N or mps (default: the fastest here)")
     args = parser.parse_args(argv)
-    with running.command(parser):
+    with running.command(parser, args):
         device = cli.device_named(args.device)
         measure(device)
 

@@ -58,6 +58,22 @@ def new_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def check(args):
+    """Raises UserError for a whole number too large for torch, and for --out among the user's pictures."""
+    for name, value in vars(args).items():
+        if isinstance(value, int) and abs(value) > 10**15:      # seeds have 64 bits, a judge's is 1,000 times
+            raise UserError(f"--{name.replace('_', '-')} {value} is too large a number")
+    data, root = getattr(args, "data", "digits"), getattr(args, "root", None)
+    folder = pathlib.Path(root if data == "folder" and root else data)
+    if data in recipes.BUILT_IN or not folder.is_dir():
+        return
+    out = (getattr(args, "out", None) or pathlib.Path("out")).resolve()
+    parts = [folder / part for part in ("train", "test", "val")] if (folder / "train").is_dir() else [folder]
+    if any(out.is_relative_to(part.resolve()) for part in parts):
+        raise UserError(f"results in {out} would be read as pictures of {folder}: choose --out ELSEWHERE"
+                        + ", or another working directory" * (getattr(args, "out", None) is None))
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. Commands as text
 
@@ -70,6 +86,7 @@ def data_flags(args, *more):
     flags = [] if args.data == "digits" else ["--data", args.data]
     flags += ["--root", args.root or "DIR"] if args.root or args.data in recipes.NEEDS_ROOT else []
     flags += ["--validation"] * args.validation
+    flags += ["--skip-broken"] * getattr(args, "skip_broken", False)
     for flag in more:
         value = getattr(args, flag.strip("-"))
         flags += [flag, str(value)] if value is not None else []

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from nanodd import processes, schema
+from nanodd import locks, processes, schema
 from nanodd.errors import UserError
 
 SAVE_EVERY = 10                # seconds between two saved states of a run
@@ -25,19 +25,17 @@ BLOCK = 2**20                  # bytes of a download that are in memory at once
 # 1. Atomic writes and downloads
 
 
-def make_folder(path):
-    """Makes a folder, and those above it, where it is missing. Raises UserError where it cannot be made."""
-    try:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
-
-
 def remove_empty(*folders):
     """Removes those of the folders that are there and empty."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_ours(path, is_ours):
+    """Raises UserError where there is a file `path` of which is_ours(path) is false: it is not replaced."""
+    if path.exists() and not is_ours(path):
+        raise UserError(f"{path} exists, and nanoDD did not write it: move it, or choose --out ELSEWHERE")
 
 
 @contextmanager
@@ -48,8 +46,8 @@ def atomic_write(path):
     folder cannot be made.
     """
     path = pathlib.Path(path)
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    locks.make_folder(path.parent)
+    temporary = locks.temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -108,6 +106,7 @@ def download(url, path, advice):
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urllib.request.urlopen(request, timeout=60) as answer, \
                 open(part, "r+b" if part.is_file() else "wb") as file:
+            lock_part(file, path)
             start = start if getattr(answer, "status", None) == 206 else 0  # 200: it does not know Range
             length = answer.headers["Content-Length"]
             total = start + int(length) if length else None
@@ -122,8 +121,18 @@ def download(url, path, advice):
     except (OSError, http.client.HTTPException) as error:       # no network, no such file, or half of it
         if getattr(error, "code", None) == 416:                 # the .part is longer than the file
             part.unlink()
-        raise UserError(f"cannot fetch {url} ({error}): the same command goes on where it stopped; or "
+        raise UserError(f"cannot fetch {url} ({error}): the same command resumes the download; or "
                         f"{advice}") from error
+
+
+def lock_part(file, path):
+    """Locks the open .part of `path` until it is closed. Raises UserError where another command has it."""
+    try:
+        locks.lock(file.fileno())
+    except BlockingIOError as error:
+        raise UserError(f"another command is fetching {path}: wait until it is there") from error
+    except OSError:                                             # a file system without locks
+        pass
 
 
 def fetch(url, name, flag):
@@ -175,15 +184,15 @@ def save_tensors(path, tensors, header):
             raise UserError(f"cannot write {path}: {error}") from error
 
 
-def read_header(path, form=dict, kind="file of tensors"):
+def read_header(path, form=dict, kind="file of tensors", advice=""):
     """The JSON header of a file of tensors. Raises UserError where `path` is no such file.
 
-    form: the header's schema. kind: what the file is, for the message.
+    form: the header's schema. kind: what the file is, and advice: how to go on, for the message.
     """
-    with schema.reading(path, kind), safetensors.safe_open(path, framework="pt") as file:
+    with schema.reading(path, kind, advice), safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "nanodd" not in metadata:
-            raise ValueError("it has no header of nanoDD")
+            raise ValueError("it has no nanoDD header")
         return schema.require(json.loads(metadata["nanodd"]), form)
 
 
@@ -222,7 +231,7 @@ def check_tensors(tensors, expected, path, kind):
     That is where one is missing, unexpected, of another shape or type than in the dict `expected`, or not
     finite. kind: what needs them, for the message, which names the file and the tensor.
     """
-    for name in (*expected, *tensors):
+    for name in {**expected, **tensors}:
         if name not in tensors:
             problem = "is missing"
         elif name not in expected:

@@ -1,16 +1,14 @@
-"""One command at a time writes to an output folder: an operating system's lock, which ends with its process.
+"""A lock on an output folder, of the operating system: one command at a time writes there.
 
-The lock is on the file .lock in the folder. The file says who has the lock, stays there, and by itself locks
-nothing.
+The lock is on the file .nanodd.lock in the folder, and ends with its process, however that ends. The file
+says who has the lock, stays there, and by itself locks nothing.
 """
-import errno
 import os
 import pathlib
 import re
 import sys
 import time
 
-from nanodd import files
 from nanodd.errors import UserError, printable
 
 try:
@@ -19,40 +17,53 @@ except ImportError:                                             # Windows
     import msvcrt
     fcntl = None
 
-held = {}                      # {folder: its open .lock}, of the command that runs
+open_locks = {}                # {folder: its open .nanodd.lock}, of the command that runs
 
 
-def take(folder):
-    """Locks an output folder, which it makes, until `release`; what this command has locked is left so.
+def make_folder(path):
+    """Makes a folder, and those above it, where it is missing. Raises UserError where it cannot be made."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
 
-    Temporary files that killed processes left there are removed. Raises UserError where another process has
-    the lock, or the folder cannot be made. On a file system without locks it warns on stderr.
+
+def take(folder, advice=", or choose --out ELSEWHERE"):
+    """Locks an output folder, which it makes, until `release`; what this command has locked stays locked.
+
+    Temporary files that killed processes left there are removed. On a file system without locks it warns on
+    stderr. Raises UserError where another process has the lock (with `advice`) or the folder cannot be made,
+    and OSError where .nanodd.lock is a link or a folder.
     """
-    files.make_folder(folder)
+    make_folder(folder)
     key = os.path.realpath(folder)
-    if key in held:
+    if key in open_locks:
         return
     try:
         # not through a link, behind which a file of the user's may be
-        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
-    except OSError as error:
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            return                                              # nothing can be written there: no need
-        raise
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = os.open(os.path.join(folder, ".nanodd.lock"), flags, 0o666)
+    except PermissionError as error:                            # of another user, or nothing can be written
+        return warn(folder, error) if os.access(folder, os.W_OK) else None
     try:
         lock(file)
     except BlockingIOError:
         owner = os.pread(file, 80, 0).decode(errors="replace") if fcntl else ""
         os.close(file)
-        raise UserError(f"{folder} is in use by process {printable(owner) or 'N'}: wait, or choose --out "
-                        "ELSEWHERE") from None
+        who = f"process {owner}" if owner else "another process"
+        raise UserError(f"{folder} is in use by {who}: wait until it ends{advice}") from None
     except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): two commands at once would disturb each other "
-              "there", file=sys.stderr)
+        warn(folder, error)
     os.truncate(file, 0)
     os.write(file, f"{os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})".encode())
-    held[key] = file
+    open_locks[key] = file
     remove_leftovers(folder)
+
+
+def warn(folder, error):
+    """Says on stderr that a folder cannot be locked, and why."""
+    print(printable(f"{folder} cannot be locked ({error.strerror}): two commands at once would disturb each "
+                    "other there"), file=sys.stderr)
 
 
 def lock(file):
@@ -60,7 +71,7 @@ def lock(file):
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
-    os.lseek(file, 2**20, os.SEEK_SET)                          # Windows locks bytes: one behind the text
+    os.lseek(file, 2**40, os.SEEK_SET)                          # Windows locks bytes: one behind the contents
     try:
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except PermissionError as error:
@@ -70,14 +81,22 @@ def lock(file):
 
 def release():
     """Unlocks all folders, at the end of a command."""
-    while held:
-        os.close(held.popitem()[1])
+    while open_locks:
+        os.close(open_locks.popitem()[1])
+
+
+def temporary(path):
+    """The path under which this process writes the file `path`, until it is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}.nanodd.tmp")
 
 
 def remove_leftovers(folder):
-    """Removes the temporary files of atomic_write in `folder` whose process is gone: it was killed."""
-    for path in pathlib.Path(folder).glob(".*.tmp"):
-        found = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", path.name)
+    """Removes the temporary files in `folder` whose process is gone: it was killed.
+
+    It is called before this process writes there, so that its own number means an earlier process.
+    """
+    for path in pathlib.Path(folder).glob(".*.nanodd.tmp"):
+        found = re.fullmatch(r"\..+\.(\d{1,9})\.nanodd\.tmp", path.name)
         if found and path.is_file() and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
             path.unlink(missing_ok=True)
 

@@ -52,17 +52,18 @@ def refuse_several(program):
 def process_group(settings=None):
     """Joins the processes that torchrun started, if it did, for the length of the block; only rank 0 prints.
 
-    settings: a dict of this process's; all must have the same, and the same code. A process that does not
-    answer for ten minutes ends the others, but for two hours where they wait for one that encodes pictures,
-    downloads or trains a judge. Raises UserError where processes differ, or are more than the GPUs.
+    settings: a dict of this process's; all must have the same, and the same code. The others end if a process
+    does not answer for ten minutes; for two hours where they wait for one that encodes pictures, downloads or
+    trains a judge. Raises UserError where processes differ, or are more than the GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes are too many for {gpus} GPUs: lower "
-                        "--nproc-per-node")
+    if "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but RANK is not: start with torchrun, or unset WORLD_SIZE")
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < here:
+        raise UserError(f"{here} processes are too many for {gpus} GPUs: lower --nproc-per-node")
     store, number, count = next(dist.rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=number, world_size=count, timeout=datetime.timedelta(minutes=10))
@@ -89,15 +90,15 @@ def check_same(settings):
         names = [name for name in facts[0] if other.get(name) != facts[0][name]]
         if names or len(other) != len(facts[0]):
             difference = names[0] if names else "set of flags"
-            raise UserError(f"the processes were not started alike: {difference} is "
-                            f"{facts[0].get(difference)} on the first and {other.get(difference)} on number "
-                            f"{number}")
+            raise UserError(f"the processes differ in {difference}: {facts[0].get(difference)} on process 0, "
+                            f"{other.get(difference)} on process {number}: start all with the same flags and "
+                            "the same code")
 
 
-def speaks_first():
+def is_first_to_report():
     """Whether no other process has said yet why it ends: of many that fail, one alone prints a sentence."""
-    if "store" not in shared:                                   # not joined yet: all fail alike
-        return os.environ.get("RANK", "0") == "0"
+    if "store" not in shared:                                   # not joined yet: all of a machine fail alike
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return shared["store"].add("nanodd/failed", 1) == 1
     except RuntimeError:                                        # torchrun, which holds the store, is gone
@@ -119,7 +120,7 @@ def watch_parent(parent):
         time.sleep(PARENT_EVERY)
     orphaned.set()
     time.sleep(GRACE)
-    print("torchrun is gone: ended; what was finished is kept, and the same command resumes",
+    print("torchrun has ended: so does this process; what was finished is kept, and the same command resumes",
           file=sys.stderr, flush=True)
     os._exit(2)                                                 # the main thread may wait for another process
 

@@ -3,8 +3,8 @@ import re
 import sys
 from contextlib import contextmanager, redirect_stdout
 
-from nanodd import locks, processes
-from nanodd.errors import UserError, printable
+from nanodd import cli, locks, processes
+from nanodd.errors import UserError, is_out_of_memory, printable
 
 
 class SafeOutput:
@@ -21,52 +21,43 @@ class SafeOutput:
 
 
 @contextmanager
-def command(parser, args=None, again="the same command resumes", many=True):
+def command(parser, args, again="the same command resumes", many=True):
     """Runs a command in the block: a mistake, a full disk or memory, or Ctrl-C is one line on stderr.
 
     The exit code is then 2. Any other exception is a bug of nanoDD and keeps its traceback. Folders that were
-    locked are released in the end. args: the parsed flags, which must be the same on all processes of
+    locked are released at the end. args: the parsed flags, which must be the same on all processes of
     torchrun. again: what to do after Ctrl-C. many: whether several processes share the work; else they are
     refused.
     """
     with redirect_stdout(SafeOutput(sys.stdout)):
         try:
-            settings = vars(args) if args else {}
-            check_integers(settings)
+            cli.check(args)
             if not many:
                 processes.refuse_several(parser.prog)
-            with processes.process_group(settings):
+            with processes.process_group(vars(args)):
                 yield
         except (Exception, KeyboardInterrupt) as error:
-            sentence = explained(error, parser, again)
-            if not sentence and not processes.is_broken_connection(error):
-                processes.speaks_first()                        # the others need not say that this one ended
+            sentence, first = explained(error, parser, again), processes.is_first_to_report()
+            if not sentence:
                 raise
-            if processes.speaks_first():
-                sys.stderr.write(printable(f"{parser.prog}: {sentence}\n", sys.stderr.encoding or "utf-8"))
+            if first:                                           # of all processes
+                line = "\n" * isinstance(error, KeyboardInterrupt) + f"{parser.prog}: {sentence}\n"
+                sys.stderr.write(printable(line, sys.stderr.encoding or "utf-8"))
             parser.exit(2)
         finally:
             locks.release()
 
 
-def check_integers(settings):
-    """Raises UserError where the whole number of a flag is too large for torch, whose seeds have 64 bits."""
-    for name, value in settings.items():
-        if isinstance(value, int) and abs(value) > 10**15:      # a judge's seed is a thousand times as large
-            raise UserError(f"--{name.replace('_', '-')} {value} is too large a number")
-
-
 def explained(error, parser, again):
     """An exception in a sentence; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
-        return f"\nstopped by Ctrl-C; what was finished is kept, and {again}"
+        return f"stopped by Ctrl-C; what was finished is kept, and {again}"
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, (RuntimeError, MemoryError)):          # torch has its own class for GPUs only
-        if re.search("^$|out of memory|can't allocate memory|overflow", str(error)):
-            return f"out of memory; what helps: {remedies(parser)} (a smaller number where it takes one)"
-        if processes.is_broken_connection(error):
-            return (f"another process ended, or did not answer: what was finished is kept, and {again}")
+    if is_out_of_memory(error):
+        return f"out of memory; what helps: {remedies(parser)} (a smaller number where it takes one)"
+    if isinstance(error, RuntimeError) and processes.is_broken_connection(error):
+        return f"another process ended, or did not answer: what was finished is kept, and {again}"
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return (f"cannot read or write: {error.strerror or error}{where}; what was there before is kept, and "

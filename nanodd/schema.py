@@ -4,13 +4,12 @@ A schema is a type (int does not mean bool; float takes a finite int, too), a fu
 value is right, [schema] for a list, {key: schema} for a dict, whose keys that end in "?" may be missing, or a
 tuple of schemas, one of which must fit. Further keys of a dict are allowed.
 """
+import errno
 import math
 import os
 from contextlib import contextmanager
 
-import torch
-
-from nanodd.errors import UserError
+from nanodd.errors import UserError, in_words, is_out_of_memory
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Forms
@@ -23,7 +22,7 @@ def mismatch(value, schema, name="it"):
         return found[0] if all(found) else None
     if isinstance(schema, dict):
         if not isinstance(value, dict):
-            return f"{name} is {shown(value)}, no table of names and values"
+            return f"{name} is {shown(value)}, not a dict"
         wanted = {key.removesuffix("?"): part for key, part in schema.items() if not
                   (key.endswith("?") and key[:-1] not in value)}
         missing = [key for key in wanted if key not in value]
@@ -33,14 +32,14 @@ def mismatch(value, schema, name="it"):
         return next(filter(None, found), None)
     if isinstance(schema, list):
         if not isinstance(value, list):
-            return f"{name} is {shown(value)}, no list"
+            return f"{name} is {shown(value)}, not a list"
         found = (mismatch(part, schema[0], f"an entry of {name}") for part in value)
         return next(filter(None, found), None)
     if isinstance(schema, type):
         fits = isinstance(value, (int, float) if schema is float else schema)
         fits = fits and (schema is bool or not isinstance(value, bool))
         fits = fits and (schema is not float or math.isfinite(value))
-        return None if fits else f"{name} is {shown(value)}, no {schema.__name__}"
+        return None if fits else f"{name} is {shown(value)}, not of the type {schema.__name__}"
     return None if schema(value) else f"{name} is {shown(value)}"
 
 
@@ -100,12 +99,14 @@ def check_names(classes, path):
 def reading(path, kind, advice=""):
     """Turns what goes wrong in the block that reads the file `path` into a UserError: the file is damaged.
 
-    kind: what it should be, "checkpoint". advice: how to go on. A full memory and Ctrl-C pass.
+    kind: what it should be, "checkpoint". advice: how to go on. A full memory, a disk that fails and a file
+    that may not be read are not converted.
     """
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:                                  # a damaged file may raise anything
-        words = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path} is damaged or no {kind} of nanoDD ({words}){advice}") from error
+        is_ours = isinstance(error, (UserError, PermissionError)) or getattr(error, "errno", 0) == errno.EIO
+        if is_ours or is_out_of_memory(error):
+            raise
+        raise UserError(f"{path} is damaged, or is not a nanoDD {kind} ({in_words(error)}){advice}") \
+            from error

@@ -93,7 +93,7 @@ def tuned(tuned_files, workplace):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock for budgets that only drawing moves: an eighth of a second for each block of images."""
+    """A clock for budgets that only drawing moves: an eighth of a second for each block. [seconds]"""
     now, draw = [0.0], sample.draw
 
     def timed(*args, **pull):
@@ -101,6 +101,7 @@ def clock(monkeypatch):
         return draw(*args, **pull)
     monkeypatch.setattr(sample, "draw", timed)
     monkeypatch.setattr(distilled, "clock", lambda: now[0])
+    return now
 
 
 def train_judge(images, test, recipe, epochs, seed, **how):

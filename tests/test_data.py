@@ -1,4 +1,5 @@
 """Labels survive every trip; any picture is read; what cannot be read is named."""
+import argparse
 import errno
 import hashlib
 
@@ -127,7 +128,7 @@ def test_what_cannot_be_read_is_named(pictures, tmp_path, sentence):
 def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, words):
     kept = tmp_path / "kept"
     kept.write_text("good")
-    with pytest.raises(SystemExit) as stop, running.command(cli.new_parser("")), \
+    with pytest.raises(SystemExit) as stop, running.command(cli.new_parser(""), argparse.Namespace()), \
             files.atomic_write(kept) as temporary:
         temporary.write_text("half")
         raise error
@@ -136,7 +137,7 @@ def test_a_full_disk_and_ctrl_c_leave_what_was_there(tmp_path, capsys, error, wo
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ValueError), running.command(cli.new_parser("")):
+    with pytest.raises(ValueError), running.command(cli.new_parser(""), argparse.Namespace()):
         raise ValueError("ours")
 
 
@@ -152,7 +153,7 @@ def test_a_download_that_fails_is_a_sentence(tmp_path, monkeypatch):
 
 def test_out_of_memory_is_a_sentence_on_a_cpu_too(capsys):
     for full in (lambda: torch.empty(10**15), lambda: bytes(10**15)):
-        with pytest.raises(SystemExit), running.command(cli.new_parser("a test")):
+        with pytest.raises(SystemExit), running.command(cli.new_parser("a test"), argparse.Namespace()):
             full()
         assert "out of memory" in capsys.readouterr().err
 

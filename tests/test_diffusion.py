@@ -351,7 +351,7 @@ def test_a_full_disk_is_a_sentence(monkeypatch, sentence):
 def test_other_files_are_no_checkpoints(tmp_path, sentence):
     (tmp_path / "out/digits").mkdir(parents=True)
     (tmp_path / "out/digits/base.safetensors").write_bytes(b"hello")
-    assert "base.safetensors is damaged or no checkpoint of nanoDD (" in sentence(diffusion.main)
+    assert "base.safetensors is damaged, or is not a nanoDD checkpoint (" in sentence(diffusion.main)
     assert "--steps must be at least 1" in sentence(diffusion.main, "--steps", 0)
 
 

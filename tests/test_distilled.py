@@ -135,7 +135,7 @@ def test_what_a_killed_write_left_is_not_joined(tuned):
     words = ["--npz", "--ipc", "2", "--steps", "2", "--batch", "7"]
     sample.main([*words, "--out", "whole"])
     pathlib.Path("cut/distilled.npz.parts").mkdir(parents=True)
-    pathlib.Path("cut/distilled.npz.parts/.000000007.npy.123.tmp").write_bytes(b"half a block")
+    pathlib.Path("cut/distilled.npz.parts/.000000007.npy.123.nanodd.tmp").write_bytes(b"half a block")
     record = json.loads(pathlib.Path("whole/distilled.json").read_text())
     pathlib.Path("cut/distilled.json").write_text(json.dumps({**record, "ipc": 0}))
     sample.main([*words, "--out", "cut"])

@@ -1,4 +1,4 @@
-"""Two processes of which one fails, or was started differently, or whose torchrun is gone."""
+"""Two processes of which one fails, or was started differently, or whose torchrun has ended."""
 import os
 import pathlib
 import signal
@@ -30,11 +30,15 @@ def run_two(kind):
     port = free_port()
     runs = [subprocess.Popen([sys.executable, SCRIPT, kind], env=environment(rank, port), text=True,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(2)]
-    return [run.communicate(timeout=300)[1] for run in runs], [run.returncode for run in runs]
+    try:
+        return [run.communicate(timeout=300)[1] for run in runs], [run.returncode for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("settings", "the processes were not started alike: seed is 0 on the first and 1 on number 1"),
+    ("settings", "the processes differ in seed: 0 on process 0, 1 on process 1: start all with"),
     ("error", "a mistake that one process sees")])
 def test_a_mistake_is_said_once_and_ends_all_processes(kind, words):
     said, codes = run_two(kind)
@@ -43,7 +47,7 @@ def test_a_mistake_is_said_once_and_ends_all_processes(kind, words):
     assert not list(pathlib.Path("out").glob("*/*.safetensors"))
 
 
-def test_processes_whose_torchrun_is_gone_save_and_end():
+def test_processes_whose_torchrun_has_ended_save_and_end():
     port = free_port()
     both = [{**environment(rank, port), "TORCHELASTIC_RUN_ID": "x"} for rank in range(2)]
     start = f"subprocess.Popen([sys.executable, {str(SCRIPT)!r}, 'orphan'], env=variables)"
@@ -64,7 +68,7 @@ def test_processes_whose_torchrun_is_gone_save_and_end():
     state = torch.load("out/digits/base.resume.pt", weights_only=True)
     assert 90 <= state["step"] < 900
     said = pathlib.Path("said.txt").read_text()
-    assert f"torchrun is gone: step {state['step']} is saved, and the same command resumes" in said
+    assert f"torchrun has ended: step {state['step']} is saved, and the same command resumes" in said
     assert "Traceback" not in said
 
 

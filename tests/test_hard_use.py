@@ -8,20 +8,21 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-import conftest
 import diffusion
 import minimax
 import sample
 import train_eval
 from conftest import drawn_files
-from nanodd import cli, files, locks
+from nanodd import cli, locks
 from nanodd.data import datasets
 from nanodd.errors import UserError
-from nanodd.networks import latents, training
-from nanodd.sampling import distilled, pilots, sheets, stores
+from nanodd.judging import judges
+from nanodd.networks import checkpoint, latents
+from nanodd.sampling import pilots, sheets, stores
 
 OUT, SET = pathlib.Path("out/digits"), pathlib.Path("out/digits/distilled")
 
@@ -46,7 +47,7 @@ def test_files_that_a_user_puts_into_the_set_stay(tuned, capsys, more):
               OUT / "judges/notes")
     sample.main(["--ipc", "1", "--steps", "2", *more])
     said = capsys.readouterr().out
-    assert own() and "out/digits/distilled has 4 more files, which are not of this set and stay" in said
+    assert own() and "left as they are: 4 other files in out/digits/distilled (first: " in said
     ours = [file for file in drawn_files() if file.rsplit("/", 1)[1][:5].isdecimal()]
     assert len(ours) == (20 if more == ["--ipc", "2"] else 0 if "--npz" in more else 10)
 
@@ -69,7 +70,7 @@ def test_nothing_is_written_or_removed_behind_a_link(tuned, sentence, link, more
     before = {path: path.read_bytes() for path in pathlib.Path(".").rglob("*") if path.is_file()}
     said = sentence(sample.main, "--ipc", 1, "--steps", 2, *more)
     assert f"out/digits/{link} is a link to " in said and own()
-    del before[OUT / ".lock"]
+    del before[OUT / ".nanodd.lock"]
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
@@ -89,9 +90,32 @@ def test_pictures_and_logs_that_are_not_ours_are_not_replaced(tuned, sentence, c
         shutil.rmtree("mine")
 
 
+def test_results_are_not_written_among_the_pictures(pictures, sentence, monkeypatch, tmp_path):
+    own = put(tmp_path / ".lock")
+    for main in (diffusion.main, minimax.main, sample.main, train_eval.main):
+        for out in (pictures, pictures / "new", "pictures/../pictures/ant"):
+            said = sentence(main, "--data", pictures, "--out", out)
+            assert f"would be read as pictures of {pictures}: choose --out ELSEWHERE" in said
+    monkeypatch.chdir(pictures)
+    assert "choose --out ELSEWHERE, or another working directory" in sentence(diffusion.main, "--data", ".")
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        shutil.copytree(pictures, f"whole/{part}")
+    assert "would be read" in sentence(diffusion.main, "--data", "whole", "--out", "whole/train/new")
+    diffusion.main(["--data", "whole", "--out", "whole/new", "--dry-run"])  # beside the two: no class
+    diffusion.main(["--data", "whole", "--out", ".", "--skip-broken"])
+    assert own() and pathlib.Path(".nanodd.lock").exists()
+
+
+def test_the_next_command_leaves_out_broken_pictures_too(pictures, capsys):
+    (pictures / "ant/0.png").write_bytes(b"")
+    diffusion.main(["--data", str(pictures), "--skip-broken"])
+    assert f"-> python minimax.py --data {pictures} --skip-broken" in capsys.readouterr().out
+
+
 def test_sheets_and_logs_of_ours_are_known_again(tuned):
     (OUT / "base.safetensors").unlink()
-    assert sheets.is_sheet(OUT / "base.png") and training.is_log(OUT / "base.log.jsonl")
+    assert sheets.is_sheet(OUT / "base.png") and checkpoint.is_log(OUT / "base.log.jsonl")
     diffusion.main([])                                          # the user removed the checkpoint alone
     (OUT / "base.safetensors").unlink()
     (OUT / "base.log.jsonl").unlink()
@@ -139,7 +163,7 @@ def test_a_kill_while_a_set_is_removed_leaves_an_unfinished_set(tuned, monkeypat
 @pytest.fixture
 def other(tuned):
     """out/digits as another process has it locked."""
-    with open(OUT / ".lock", "w") as file:
+    with open(OUT / ".nanodd.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("4711 (since 2026-11-26 05:21:23)")
         file.flush()
@@ -147,8 +171,8 @@ def other(tuned):
 
 
 def test_the_second_command_on_a_folder_is_refused(other, sentence, narrow):
-    words = ("out/digits is in use by process 4711 (since 2026-11-26 05:21:23): wait, or choose --out "
-             "ELSEWHERE")
+    words = ("out/digits is in use by process 4711 (since 2026-11-26 05:21:23): wait until it ends, or "
+             "choose --out ELSEWHERE")
     before = {path: path.stat().st_mtime_ns for path in OUT.iterdir()}
     for main, argv in ((diffusion.main, ["--seed", "1", "--overwrite"]),
                        (minimax.main, ["--seed", "1", "--overwrite"]), (sample.main, ["--ipc", "1"]),
@@ -165,7 +189,7 @@ def test_pictures_are_encoded_by_one_command_at_a_time(imagenet):
     whole = latents.prepared(data, run)
     locks.release()
     cache = next(pathlib.Path("out/imagewoof").glob("latents-*"))
-    with open(cache / ".lock", "r+") as file:
+    with open(cache / ".nanodd.lock", "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert torch.equal(latents.prepared(data, run).moments, whole.moments)      # reading takes no lock
         next(cache.glob("*.safetensors")).unlink()
@@ -177,7 +201,7 @@ def test_pictures_are_encoded_by_one_command_at_a_time(imagenet):
 def test_a_lock_is_taken_once_and_given_back(tmp_path):
     locks.take(tmp_path / "a")
     locks.take(tmp_path / "a/../a")
-    with open(tmp_path / "a/.lock", "r+") as file:
+    with open(tmp_path / "a/.nanodd.lock", "r+") as file:
         with pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         locks.release()
@@ -195,8 +219,8 @@ def test_a_file_system_without_locks_is_warned_of(tuned, monkeypatch, capsys):
 
 def test_a_lock_is_not_followed_to_a_file_of_the_users(tuned, sentence):
     own = put("mine.txt")
-    (OUT / ".lock").unlink()
-    (OUT / ".lock").symlink_to(pathlib.Path("mine.txt").resolve())
+    (OUT / ".nanodd.lock").unlink()
+    (OUT / ".nanodd.lock").symlink_to(pathlib.Path("mine.txt").resolve())
     assert "cannot read or write" in sentence(sample.main, "--ipc", 1) and own()
 
 
@@ -214,72 +238,56 @@ def test_of_two_commands_at_once_one_draws_and_one_is_refused(tuned):
         assert "saved out/digits/distilled.npz" in out or "left as it is" in out if rc == 0 else \
             f"out/digits is in use by process {runs[0].pid}" in error or \
             f"out/digits is in use by process {runs[1].pid}" in error
-    labels = conftest.np.load(OUT / "distilled.npz")["labels"]
-    assert conftest.np.bincount(labels).tolist() == [60] * 10
-    assert len(conftest.np.load(OUT / "distilled.npz")["images"]) == 600
+    labels = np.load(OUT / "distilled.npz")["labels"]
+    assert np.bincount(labels).tolist() == [60] * 10
+    assert len(np.load(OUT / "distilled.npz")["images"]) == 600
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Stops, disks, leftovers
 
 
-def spent(clock_at, argv, monkeypatch, after):
-    """Runs sample.main(argv) until `after` blocks are drawn; then a second passes, and it is killed."""
+def spent(argv, monkeypatch, after):
+    """Runs sample.main(argv) until `after` blocks are drawn; the record then says 1.8 seconds."""
     drawn, real = [0], stores.PngFolder.write
 
     def write(self, items, images):
         real(self, items, images)
         drawn[0] += 1
         if drawn[0] == after:
-            clock_at[0] += 1.0
             raise SystemExit(9)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(stores.PngFolder, "write", write)
         sample.main(argv)
-
-
-@pytest.fixture
-def time(monkeypatch):
-    """A list with the time, which each drawn block moves by half a second."""
-    now, draw = [0.0], sample.draw
-
-    def timed(*args, **pull):
-        now[0] += 0.5
-        return draw(*args, **pull)
-    monkeypatch.setattr(sample, "draw", timed)
-    monkeypatch.setattr(distilled, "clock", lambda: now[0])
-    return now
-
-
-def test_a_budget_that_a_killed_run_has_spent_ends_with_the_rounds_that_are_there(tuned, time, monkeypatch):
-    argv = ["--seconds", "1.5", "--steps", "2", "--batch", "10"]
-    sample.main([*argv, "--out", "whole"])
-    spent(time, argv, monkeypatch, 3)
     path = OUT / "distilled.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    return path
+
+
+def test_a_budget_that_a_killed_run_has_spent_ends_with_the_rounds_that_are_there(tuned, clock, monkeypatch):
+    argv = ["--seconds", "1.5", "--steps", "2", "--batch", "10"]
+    path = spent(argv, monkeypatch, 3)
     sample.main(argv)
     record = json.loads(path.read_text())
     assert record["ipc"] == 3 and record["budget"] == 1.5 and round(record["seconds"], 9) == 1.8
-    assert drawn_files() == drawn_files("whole") and len(drawn_files()) == 30
+    drawn = drawn_files()
+    sample.main(["--ipc", "3", "--steps", "2", "--batch", "10", "--out", "whole"])
+    assert drawn == drawn_files("whole") and len(drawn) == 30
 
 
-def test_a_first_block_that_is_on_disk_is_a_round(tuned, time, monkeypatch):
+def test_a_first_block_that_is_on_disk_is_a_round(tuned, clock, monkeypatch):
     argv = ["--seconds", "0.9", "--steps", "2", "--batch", "20"]
-    spent(time, argv, monkeypatch, 1)
-    path = OUT / "distilled.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    path = spent(argv, monkeypatch, 1)
     sample.main(argv)
     assert json.loads(path.read_text())["ipc"] == 2
 
 
-def test_a_spent_budget_without_a_complete_round_is_refused_each_time(tuned, time, monkeypatch, sentence):
+def test_a_spent_budget_without_a_complete_round_is_refused_each_time(tuned, clock, monkeypatch, sentence):
     argv = ["--seconds", "0.9", "--steps", "2", "--batch", "5"]
-    spent(time, argv, monkeypatch, 1)
-    path = OUT / "distilled.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.8}))
+    spent(argv, monkeypatch, 1)
     for _ in range(2):
         assert "too short for one image of each class" in sentence(sample.main, *argv)
-    late = ["--seconds", "0.3", "--steps", "2", "--batch", "20", "--out", "late"]
+    late = ["--seconds", "0.1", "--steps", "2", "--batch", "20", "--out", "late"]
     for _ in range(2):                                          # the first block takes more than the budget
         assert "too short for one image of each class" in sentence(sample.main, *late)
 
@@ -289,7 +297,7 @@ def test_a_spent_budget_without_a_complete_round_is_refused_each_time(tuned, tim
                                    OSError(errno.ENOSPC, "No space left on device")], ids=str)
 def test_a_disk_that_fails_gets_a_sentence_and_the_same_command_resumes(tuned, monkeypatch, sentence, error):
     sample.main(["--ipc", "2", "--steps", "2", "--batch", "10", "--out", "whole"])
-    write, calls = sheets.files.os.replace, [0]
+    write, calls = os.replace, [0]
 
     def fails(*paths):
         calls[0] += 1
@@ -327,9 +335,10 @@ def test_out_that_is_a_link_to_itself_gets_a_sentence(sentence):
 def test_what_killed_processes_left_is_removed_and_nothing_else(tuned):
     dead, alive = 2**22 + 1, os.getppid()                       # above the largest number of a process
     sample.main(["--ipc", "1", "--steps", "2"])
-    gone = [f"{OUT}/.base.resume.pt.{dead}.tmp", f"{SET}/3/.00001.png.{dead}.tmp",
-            f"{OUT}/.x.png.{os.getpid()}.tmp"]
-    kept = [f"{OUT}/.base.resume.pt.{alive}.tmp", f"{OUT}/.mine.tmp", f"{SET}/.notes", f"{OUT}/x.{dead}.tmp"]
+    gone = [f"{OUT}/.base.resume.pt.{dead}.nanodd.tmp", f"{SET}/3/.00001.png.{dead}.nanodd.tmp",
+            f"{OUT}/.x.png.{os.getpid()}.nanodd.tmp"]
+    kept = [f"{OUT}/.base.resume.pt.{alive}.nanodd.tmp", f"{OUT}/.mine.nanodd.tmp", f"{SET}/.notes",
+            f"{OUT}/.mine.{dead}.tmp"]
     put(*gone)
     own = put(*kept)
     sample.main(["--ipc", "2", "--steps", "2"])
@@ -337,9 +346,9 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tuned):
 
 
 def test_the_states_of_judges_go_with_their_row_and_leave_other_files(tmp_path):
-    checkpoint = train_eval.judges.JudgeCheckpoint(tmp_path / "row")
+    checkpoint = judges.JudgeCheckpoint(tmp_path / "row")
     own = put(tmp_path / "row/mine")
     (tmp_path / "row/seed0.pt").write_bytes(b"")
     checkpoint.remove()
     assert own() and not (tmp_path / "row/seed0.pt").exists()
-    assert files.os.listdir(tmp_path / "row") == ["mine"]
+    assert os.listdir(tmp_path / "row") == ["mine"]

@@ -26,7 +26,8 @@ BASE = pathlib.Path("out/digits/base.safetensors")
 def everything():
     """{path: bytes} of all files in this folder and the one above, which stands for the user's home."""
     home = pathlib.Path.cwd().parent
-    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {path: path.read_bytes() for path in home.rglob("*")
+            if path.is_file() and path.name != ".nanodd.lock"}
 
 
 def rewrite(header=None, tensors=None, metadata=None):
@@ -68,7 +69,7 @@ def test_a_header_that_cannot_be_gets_a_sentence(tuned, sentence, fields):
     before = everything()
     said = sentence(sample.main, "--checkpoint", BASE, "--ipc", 1, "--steps", 2, "--out", "out/mine")
     assert str(BASE) in said or "patches of 3 pixels" in said
-    assert any(words in said for words in ("is damaged or no checkpoint of nanoDD (", "does not fit",
+    assert any(words in said for words in ("is damaged, or is not a nanoDD checkpoint (", "does not fit",
                                            "do not tile", "was trained with"))
     assert everything() == before                               # nothing was written, nowhere
 
@@ -76,10 +77,9 @@ def test_a_header_that_cannot_be_gets_a_sentence(tuned, sentence, fields):
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", "", "{", "[" * 100_000, '{"classes": 1e999}'])
 def test_metadata_of_another_kind_gets_a_sentence(tuned, sentence, text):
     rewrite(metadata={"nanodd": text})
-    for argv in (["--checkpoint", BASE, "--ipc", 1, "--steps", 2], ["--checkpoint", "out/digits"]):
-        if argv[1] == BASE:
-            assert "is damaged or no checkpoint of nanoDD (" in sentence(sample.main, *argv)
-    assert "is damaged or no checkpoint of nanoDD (" in sentence(minimax.main, "--out", "out/again")
+    said = sentence(sample.main, "--checkpoint", BASE, "--ipc", 1, "--steps", 2)
+    assert "is damaged, or is not a nanoDD checkpoint (" in said
+    assert "is damaged, or is not a nanoDD checkpoint (" in sentence(minimax.main, "--out", "out/again")
 
 
 def test_tensors_that_are_not_finite_or_no_floats_get_a_sentence(tuned, sentence):
@@ -123,7 +123,7 @@ def test_a_damaged_record_of_a_set_gets_a_sentence(tuned, sentence, text):
     pathlib.Path("out/digits/distilled.json").write_text(text)
     for more in ([], ["--overwrite"]):
         said = sentence(sample.main, "--ipc", 2, "--steps", 2, *more)
-        assert "distilled.json is damaged or no record of nanoDD (" in said and "--out ELSEWHERE" in said
+        assert "distilled.json is damaged, or is not a nanoDD record (" in said and "--out ELSEWHERE" in said
     assert drawn_files() == drawn
 
 
@@ -131,7 +131,7 @@ def test_a_damaged_record_of_a_set_gets_a_sentence(tuned, sentence, text):
 def test_a_record_with_a_value_that_cannot_be_gets_a_sentence(tuned, sentence, fields):
     record = {"settings": {}, "classes": [*"0123456789"], "ipc": 1, "budget": 0.0, "seconds": 1.0}
     pathlib.Path("out/digits/distilled.json").write_text(json.dumps({**record, **fields}))
-    assert "distilled.json is damaged or no record of nanoDD (" in sentence(sample.main, "--overwrite")
+    assert "distilled.json is damaged, or is not a nanoDD record (" in sentence(sample.main, "--overwrite")
 
 
 @pytest.mark.parametrize("text", [*RECORDS, '{"settings": {}, "steps": 0}', '{"steps": "ten"}'],
@@ -139,7 +139,7 @@ def test_a_record_with_a_value_that_cannot_be_gets_a_sentence(tuned, sentence, f
 def test_a_damaged_table_of_pilots_gets_a_sentence(tuned, sentence, text):
     pathlib.Path("out/digits/steps.json").write_text(text)
     said = sentence(sample.main, "--steps", "auto", "--seconds", 1)
-    assert "steps.json is damaged or no table of pilots of nanoDD (" in said
+    assert "steps.json is damaged, or is not a nanoDD table of pilots (" in said
 
 
 def test_positions_that_are_not_in_the_pool_get_a_sentence(tuned, narrow, sentence):
@@ -151,12 +151,18 @@ def test_positions_that_are_not_in_the_pool_get_a_sentence(tuned, narrow, senten
         assert 'distilled.json is damaged: "kept" does not fit' in sentence(sample.main, *words)
 
 
+def test_a_table_of_results_that_is_no_text_gets_a_sentence(sentence):
+    pathlib.Path("results.jsonl").write_bytes("{}".encode("utf-16"))
+    said = sentence(train_eval.main, "full", "--out", ".")
+    assert "results.jsonl is damaged, or is not a nanoDD log" in said
+
+
 def test_a_damaged_line_of_results_is_named(tmp_path):
     results.append_row(tmp_path / "results.jsonl", {"data": "digits"}, "python train_eval.py")
     for line in ("{", "[]", "{}", '{"data": 3}'):
         with open(tmp_path / "results.jsonl", "a") as file:
             file.write(line + "\n")
-        with pytest.raises(UserError, match="results.jsonl, line 2, is damaged or no row of nanoDD"):
+        with pytest.raises(UserError, match="results.jsonl, line 2, is damaged, or is not a nanoDD row"):
             results.open_log(tmp_path)
         text = (tmp_path / "results.jsonl").read_text()
         (tmp_path / "results.jsonl").write_text(text.splitlines()[0] + "\n")
@@ -209,12 +215,12 @@ def test_a_damaged_state_of_training_gets_a_sentence_and_runs_nothing(monkeypatc
     for broken in damaged_states(whole):
         path.write_bytes(broken)
         said = sentence(diffusion.main)
-        assert "base.resume.pt is damaged or no saved state of nanoDD (" in said
+        assert "base.resume.pt is damaged, or is not a nanoDD saved state (" in said
         assert said.endswith(": delete it to start anew")
     hurt = [{**state, "trainer": {**trainer, key: {}}} for key in ("tuned", "average", "optimizer")]
     for broken in [*altered_states(state), *hurt]:
         torch.save(broken, path)
-        assert "is damaged or no saved state of nanoDD (" in sentence(diffusion.main), broken
+        assert "is damaged, or is not a nanoDD saved state (" in sentence(diffusion.main), broken
     assert not pathlib.Path("executed").exists()
     path.write_bytes(whole)
     diffusion.main([])                                          # the sound one resumes
@@ -231,11 +237,11 @@ def test_a_damaged_state_of_a_judge_gets_a_sentence(tmp_path):
     assert checkpoint.restore(run)[0] == 4
     for broken in damaged_states(whole):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match="seed0.pt is damaged or no saved state .*: delete it to start"):
+        with pytest.raises(UserError, match="seed0.pt is damaged, or .* saved state .*: delete it to start"):
             checkpoint.restore(run)
     for broken in altered_states(state):
         torch.save(broken, path)
-        with pytest.raises(UserError, match="is damaged or no saved state"):
+        with pytest.raises(UserError, match="is damaged, or is not a nanoDD saved state"):
             checkpoint.restore(run)
 
 
@@ -266,10 +272,11 @@ def test_a_damaged_file_of_the_latent_cache_is_no_header(tmp_path):
 def test_a_schema_says_what_is_wrong():
     form = {"a": int, "b?": [float], "c?": (str, bool)}
     for value, words in (({"a": 1}, None), ({"a": 1, "b": [1, 2.5], "c": "x", "more": 0}, None),
-                         ({"a": 1, "c": True}, None), ({}, "it lacks a"), (3, "it is 3, no table"),
-                         ({"a": True}, "a is True, no int"), ({"a": 1, "b": 2}, "b is 2, no list"),
-                         ({"a": 1, "b": [float("nan")]}, "an entry of b is nan, no float"),
-                         ({"a": 1, "c": None}, "c is None, no str")):
+                         ({"a": 1, "c": True}, None), ({}, "it lacks a"), (3, "it is 3, not a dict"),
+                         ({"a": True}, "a is True, not of the type int"),
+                         ({"a": 1, "b": 2}, "b is 2, not a list"),
+                         ({"a": 1, "b": [float("nan")]}, "an entry of b is nan, not of"),
+                         ({"a": 1, "c": None}, "c is None, not of the type str")):
         found = schema.mismatch(value, form)
         assert found is None if words is None else found.startswith(words)
 
@@ -282,18 +289,15 @@ def test_class_names_that_only_other_systems_refuse_are_fine():
 
 
 def test_what_a_terminal_would_obey_is_printed_as_escapes(capsys):
-    with running.command(running_parser()):
+    parser, args = argparse.ArgumentParser(prog="a test"), argparse.Namespace()
+    with running.command(parser, args):
         print("class \x1b]0;owned\x07, \u202eabc\n\ttabs and é stay")
     said = capsys.readouterr().out
     assert said == "class \\x1b]0;owned\\x07, \\u202eabc\n\ttabs and é stay\n"
-    with pytest.raises(SystemExit), running.command(running_parser()):
+    with pytest.raises(SystemExit), running.command(parser, args):
         raise UserError("no class \x1b[2J")
     assert capsys.readouterr().err == "a test: no class \\x1b[2J\n"
     assert printable("ant \udcff, é", "ascii") == "ant \\udcff, \\xe9"
-
-
-def running_parser():
-    return argparse.ArgumentParser(prog="a test")
 
 
 def test_a_terminal_without_accents_prints_escapes(pictures):

@@ -86,8 +86,8 @@ def test_numbers_are_class_names_in_decimal_and_bytes_are_utf8():
     ({"images": np.array(["a", "b", "c", "d"])}, "text", "uint8"),
     ({"images": np.zeros(4, [("r", "u1"), ("g", "u1")])}, "records", "uint8"),
     ({"images": IMAGES.astype(object)}, "Python objects", "uint8"),
-    ({"images": IMAGES[:, :, :0]}, "uint8 (4, 3, 0, 8)", "may be 0"),
-    ({"images": IMAGES[:0], "labels": LABELS[:0]}, "uint8 (0, 3, 8, 8)", "may be 0"),
+    ({"images": IMAGES[:, :, :0]}, "uint8 (4, 3, 0, 8)", "must be at least 1"),
+    ({"images": IMAGES[:0], "labels": LABELS[:0]}, "uint8 (0, 3, 8, 8)", "must be at least 1"),
     ({"classes": "cat"}, "a single value", "one name for each class"),
     ({"classes": ["cat", "cat"]}, "the class cat twice", ""),
     ({"classes": ["cat", "../dog"]}, "'../dog'", "name of a folder"),
@@ -121,7 +121,7 @@ def encrypted():
     (lambda: b"<!DOCTYPE html><html>", "web page"),
     (lambda: zipfile.ZipFile(saved()).read("images.npy"), "single array (.npy)"),
     (lambda: saved().read_bytes()[:900], "cut off"),
-    (lambda: b"images", "no zip archive"),
+    (lambda: b"images", "not a zip archive"),
     (lambda: damage(600, b"\1\2\3\4"), "damaged"),
     (encrypted, "encrypted")])
 def test_a_file_that_is_no_sound_npz_is_said_to_be_what_it_is(make, words):
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_sound_npz_is_said_to_be_what_it_is(make, words):
 
 def test_a_folder_and_a_missing_file_are_no_npz():
     pathlib.Path("folder.npz").mkdir()
-    assert "no file" in refusal(pathlib.Path("folder.npz"))
+    assert "is not a file" in refusal(pathlib.Path("folder.npz"))
     assert "there is no" in refusal(pathlib.Path("nowhere.npz"))
 
 
@@ -146,6 +146,13 @@ def test_a_folder_and_a_missing_file_are_no_npz():
     ids=lambda header: str(header[:60]))
 def test_a_header_that_lies_or_is_none_is_refused(header):
     refusal(packed("images", header, IMAGES.tobytes()))
+
+
+def test_a_billion_empty_class_names_are_refused():
+    """They take no bytes in the file, and tens of gigabytes as Python's texts."""
+    for empty in (b"<U0", b"|S0"):
+        header = b"{'descr': '%s', 'fortran_order': False, 'shape': (1000000000,), }" % empty
+        refusal(packed("classes", header))
 
 
 def test_class_names_beyond_unicode_are_refused():

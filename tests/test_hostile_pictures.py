@@ -108,7 +108,7 @@ def test_a_png_is_read_whatever_its_metadata_holds():
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"", "it is empty"), (b"not a picture", "it is no picture"),
+    (b"", "it is empty"), (b"not a picture", "it is not a picture"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
     (b"<!DOCTYPE html><html>", "web page"),
     (in_bytes()[:-300], "truncated"), (in_bytes(kind="EPS"), "EPS program"),
@@ -200,11 +200,11 @@ def test_pictures_of_other_formats_are_counted_and_other_files_are_not(pictures,
     for name in ("x.gif", "y.TIF", "z.heic", "README.md", "labels.csv", ".w.gif"):
         (pictures / "bee" / name).write_bytes(b"")
     assert len(imageset.list_folder(pictures, 8, 3).files) == 20
-    assert "passed over: 3 of the files in" in (said := capsys.readouterr().out) and "bee/x.gif" in said
+    assert "skipped 3 files in" in (said := capsys.readouterr().out) and "bee/x.gif" in said
     (pictures / "ant" / "lost.png").symlink_to("nowhere.png")
     (pictures / "ant" / "circle.png").symlink_to("circle.png")
     assert len(imageset.list_folder(pictures, 8, 3).files) == 20
-    assert "passed over: 5 of the files in" in (said := capsys.readouterr().out) and "ant/circle.png" in said
+    assert "skipped 5 files in" in (said := capsys.readouterr().out) and "ant/circle.png" in said
 
 
 def test_links_to_pictures_are_followed_and_loops_of_folders_are_not(pictures):

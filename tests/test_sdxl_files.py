@@ -108,7 +108,7 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(server, tmp_path):
     path, part = tmp_path / "new/data", tmp_path / "new/data.part"
     server.limit = 30_000
     for end in (30_000, 59_999):                                # the second time from 29,999 on
-        said = f"broke after {end:,} of 100,000 bytes.*where it stopped; or ask a friend"
+        said = f"broke after {end:,} of 100,000 bytes.*resumes the download; or ask a friend"
         with pytest.raises(UserError, match=said):
             files.download(server.url + "data", path, "ask a friend")
         assert part.stat().st_size == end and not path.exists()

@@ -1,4 +1,5 @@
 """A data set by its name: the digits, an archive, or anybody's folder of pictures."""
+import math
 import pathlib
 from collections import Counter
 from dataclasses import fields
@@ -130,7 +131,9 @@ def split(whole, fraction):
         train, test = train_test_split(np.arange(len(whole.labels)), test_size=fraction, random_state=0,
                                        stratify=whole.labels.numpy())
     except ValueError as error:                                 # fewer images than classes to hold out
-        raise UserError(f"too few images to hold {fraction:.0%} of each class back: {error}") from error
+        raise UserError(f"{len(whole.labels)} images are too few to hold {fraction:.0%} of each of "
+                        f"{len(whole.classes)} classes back: {math.ceil(len(whole.classes) / fraction)} are "
+                        "needed") from error
     return whole.pick(torch.from_numpy(np.sort(train))), whole.pick(torch.from_numpy(np.sort(test)))
 
 

@@ -97,8 +97,7 @@ class ImageFiles(NamedTuple):
         readable = torch.tensor([isinstance(image, torch.Tensor) for image in images])
         images = [image for image in images if isinstance(image, torch.Tensor)]
         if len({image.shape for image in images}) > 1:
-            raise UserError(f"the images beside {self.files[0]} have several sizes; a size to bring them to "
-                            "is needed")
+            raise UserError(f"the images beside {self.files[0]} have several sizes: resize them to one")
         if not images:
             raise UserError(f"none of the images beside {self.files[0]} can be read")
         return ImageSet(torch.stack(images), self.labels[readable], self.classes)
@@ -166,10 +165,10 @@ def cut_strip(images, height, width):
     return TF.center_crop(images, [min(height, longest), min(width, longest)])
 
 
-def write_png(path, image):
-    """(C, H, W) uint8 -> a PNG file, written atomically."""
+def write_png(path, image, chunks=None):
+    """(C, H, W) uint8 -> a PNG file, written atomically. chunks: its text, a PIL.PngImagePlugin.PngInfo."""
     with files.atomic_write(path) as temporary:
-        TF.to_pil_image(image).save(temporary, format="PNG")
+        TF.to_pil_image(image).save(temporary, format="PNG", pnginfo=chunks)
 
 
 def resize_and_crop(images, size, channels):
@@ -219,8 +218,14 @@ def check_classes(found, wanted, path):
     """Raises UserError where the class names in `path`, found, are not those of the data set, wanted."""
     missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unexpected:
-        raise UserError(f"{path} has other classes than the data set: missing {missing}, "
-                        f"unexpected {unexpected}")
+        differences = [f"missing {some(missing)}"] * bool(missing)
+        differences += [f"unexpected {some(unexpected)}"] * bool(unexpected)
+        raise UserError(f"{path} has other classes than the data set: {', '.join(differences)}")
+
+
+def some(names):
+    """The first three names and how many there are, for a message."""
+    return ", ".join(map(repr, names[:3])) + f", ... ({len(names)} in all)" * (len(names) > 3)
 
 
 def list_folder(path, size, channels, classes=None):
@@ -246,8 +251,8 @@ def list_folder(path, size, channels, classes=None):
         raise UserError(f"cannot list {error.filename or path}: {error.strerror}") from error
     if passed_over:
         first = passed_over[0].relative_to(path)
-        print(printable(f"passed over: {len(passed_over)} of the files in {path} (first: {first}), since "
-                        f"only {', '.join(SUFFIXES)} are read, and no broken links"))
+        print(f"skipped {len(passed_over)} files in {path} (first: {first}): broken links, or other formats "
+              f"than {', '.join(SUFFIXES)}")
     return ImageFiles(paths, torch.tensor(labels), classes, size, channels)
 
 

@@ -38,7 +38,7 @@ class Header(NamedTuple):
 def read(path):
     """The file `path` -> (images (N, C, H, W) uint8, labels (N,) int64, list of K class names).
 
-    The images are in memory once. Raises UserError, which says what was found and what is wanted, where the
+    The images are not copied. Raises UserError, which says what was found and what is wanted, where the
     file is damaged, cannot be read or holds something else.
     """
     check_archive(path)
@@ -65,18 +65,18 @@ def read(path):
 def check_archive(path):
     """Raises UserError where `path` is no zip archive, and says what it is."""
     if not path.is_file():
-        raise UserError(f"{path} is no file, but an .npz with images, labels and classes is wanted")
+        raise UserError(f"{path} is not a file, but an .npz with images, labels and classes is wanted")
     try:
         found = files.foreign(path)
         with open(path, "rb") as file:
             head = file.read(6)
         if found is None and not zipfile.is_zipfile(path):
             found = ("it is a single array (.npy)" if head == b"\x93NUMPY" else
-                     "it is cut off" if head.startswith(b"PK\3\4") else "it is no zip archive")
+                     "it is cut off" if head.startswith(b"PK\3\4") else "it is not a zip archive")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if found:
-        raise UserError(f"{path} is no .npz: {found}; {WANTED}, saved by np.savez")
+        raise UserError(f"{path} is not an .npz: {found}; {WANTED}, saved by np.savez")
 
 
 def header(archive, name, path):
@@ -100,7 +100,8 @@ def header(archive, name, path):
     except (MemoryError, RecursionError) as error:              # Python's parser, where brackets nest deeply
         raise ValueError(f"the header of {name} is no header") from error
     size = member.file_size - head.tell()
-    if not dtype.hasobject and (math.prod(shape) * dtype.itemsize != size or min(shape, default=0) < 0):
+    fits = math.prod(shape) * dtype.itemsize == size and min(shape, default=0) >= 0
+    if not dtype.hasobject and not (fits and dtype.itemsize):   # a billion texts of no letters take no bytes
         raise UserError(f"{path} is damaged: {name} are {Header(shape, dtype)}, but {size:,} bytes are "
                         "there, and such an array has another number of them")
     if member.compress_size > os.path.getsize(path):
@@ -138,7 +139,7 @@ def wrong_images(found):
         return "must be (N, C, H, W): images.transpose(0, 3, 1, 2) converts (N, H, W, C)"
     if len(shape) != 4 or shape[1] not in (1, 3):
         return "must be (N, C, H, W) with 1 or 3 channels C"
-    return None if math.prod(shape) else "no side and no number of images may be 0"
+    return None if math.prod(shape) else "the number of images and both sides must be at least 1"
 
 
 def wrong_labels(found, count):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from nanodd import files
-from nanodd.errors import UserError
+from nanodd.errors import UserError, in_words, is_out_of_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PASSED_OVER = (".gif", ".tif", ".tiff", ".heic", ".avif")       # of pictures, too, but they are not read
@@ -69,17 +69,18 @@ def decoded(path, size=None):
             if image.format == "EPS":                           # Pillow would let Ghostscript run it
                 raise UserError(f"cannot read the image {path}: it is an EPS program, and pixels are wanted")
             yield upright(image, size if is_large(image) else None)
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"cannot read the image {path}: {too_large(error)}; shrink it, for example with "
                         "Pillow's Image.thumbnail or ImageMagick's mogrify -resize") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read the image {path}: {files.foreign(path) or 'it is no picture'}; a "
+        raise UserError(f"cannot read the image {path}: {files.foreign(path) or 'it is not a picture'}; a "
                         "picture that Pillow reads, such as a PNG or JPEG, is wanted") from error
     except Exception as error:                                  # a damaged file may raise anything
-        words = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"cannot read the image {path}: {words}") from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot read the image {path}: {in_words(error)}") from error
 
 
 def is_large(image):
@@ -108,8 +109,8 @@ def upright(image, size=None):
     image.load()                                                # a TIFF is turned here, by Pillow
     turned = TRANSPOSE.get(orientation(image))
     if scale < 1 and image.mode in AVERAGED and "transparency" not in image.info:
-        size = round(width * scale), round(height * scale)
-        image = image.resize(size, Image.Resampling.BOX, reducing_gap=2)
+        smaller = round(width * scale), round(height * scale)
+        image = image.resize(smaller, Image.Resampling.BOX, reducing_gap=2)
     return image.transpose(turned) if turned is not None else image
 
 

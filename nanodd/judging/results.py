@@ -32,9 +32,12 @@ def read_rows(path):
 
     Raises UserError where a line is damaged.
     """
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        with schema.reading(f"{path}, line {number},", "row", ": delete that line"):
+    rows, lines = [], []
+    with schema.reading(path, "log of results", ": move it away, or choose --out ELSEWHERE"):
+        lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        advice = ": delete that line, or choose --out ELSEWHERE"
+        with schema.reading(f"{path}, line {number},", "row", advice):
             rows.append(schema.require(json.loads(line), {"data": str}))
     return rows
 

@@ -4,6 +4,7 @@ The header holds "config", from which the network is built, the schedule's name,
 each class's row in the network's label table, the settings, the command, and a fingerprint of the tensors.
 """
 import inspect
+import json
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 
 from nanodd import files, locks, processes, recipes, schema
 from nanodd.errors import UserError
+from nanodd.sampling import sheets
 
 # ----------------------------------------------------------------------------------------------------
 # 1. The backbones that a header can name
@@ -88,17 +90,27 @@ def rebuild(config, tensors, path):
 CONFIG = {"network": str, "size": schema.between(1, 4096), "patch": schema.between(1, 4096),
           "channels": schema.between(1, 4096), "classes": schema.between(0, 10**6), "backbone?": str,
           "learned_variance?": bool, "null?": bool, "difffit?": bool}
-HEADER = {"config": CONFIG, "schedule": str, "latents": bool, "data": str, "cut": str,
-          "recipe": lambda name: isinstance(name, str) and name in recipes.RECIPES,
-          "classes": schema.are_names, "phase": [int], "rows": [int],
-          "guidance": schema.between(0, math.inf, float), "settings": dict, "command": str,
-          "fingerprint": str, "base?": {"file": str, "fingerprint": str}, "t_star?": schema.between(1, 999)}
+HEADER = {
+    "config": CONFIG, "schedule": str,                          # the network and its noise schedule
+    "latents": bool, "data": str, "cut": str,                   # pixels or latents, of which split
+    "recipe": lambda name: isinstance(name, str) and name in recipes.RECIPES,
+    "classes": schema.are_names,                                # K names
+    "phase": [int],                                             # the first and the last tuned class
+    "rows": [int],                                              # K + 1, in the label table; "no class" last
+    "guidance": schema.between(0, math.inf, float),             # with which it is drawn
+    "settings": dict, "command": str,                           # that made it
+    "fingerprint": str,                                         # of the tensors
+    "base?": {"file": str, "fingerprint": str},                 # the model with all other tensors
+    "t_star?": schema.between(1, 999)}                          # of a one-step model, the t it starts at
 
 
-def read_header(path):
-    """The header of the checkpoint in the file `path`. Raises UserError where it is none, or damaged."""
-    header = files.read_header(path, HEADER, "checkpoint")
-    with schema.reading(path, "checkpoint"):
+def read_header(path, advice=""):
+    """The header of the checkpoint in the file `path`.
+
+    Raises UserError, with `advice` at its end, where the file is damaged or is no checkpoint.
+    """
+    header = files.read_header(path, HEADER, "checkpoint", advice)
+    with schema.reading(path, "checkpoint", advice):
         config, last = header["config"], len(header["classes"]) - 1
         backbone = config.get("backbone", "dit")
         if backbone not in BACKBONES or config["network"] not in BACKBONES[backbone].sizes:
@@ -127,11 +139,7 @@ def new_header(data, config, settings, command, schedule):
 
 
 def save_checkpoint(path, tensors, header):
-    """Writes {name: tensor} and a JSON header (with its fingerprint) to `path` atomically.
-
-    Its folder is locked for this command. Raises UserError as locks.take and files.save_tensors.
-    """
-    locks.take(path.parent)
+    """Writes {name: tensor} and a JSON header (with its fingerprint) to `path` atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files.save_tensors(path, tensors, {**header, "fingerprint": files.fingerprint(tensors)})
 
@@ -164,19 +172,44 @@ def check_settings(found, wanted, path):
 
 
 def finished(path, settings, overwrite):
-    """Whether `path` already holds the result of these settings.
+    """Whether `path` already holds the result of these settings; else its folder is locked.
 
-    Raises UserError where it holds another result, unless `overwrite`; that one is replaced only once the new
-    one is complete.
+    Raises UserError where it holds another result, unless `overwrite` (that one is replaced only once the new
+    one is complete), and as claim.
     """
-    saved_settings = read_header(path)["settings"] if path.exists() else None
+    advice = ": move it away, or choose --out ELSEWHERE"
+    saved_settings = read_header(path, advice)["settings"] if path.exists() else None
     if saved_settings == settings:
         if processes.rank() == 0:
             remove_state(path.with_suffix(".resume.pt"), settings)
         print(f"{path} is finished (same settings): left as it is")
     elif saved_settings is not None and not overwrite:
         check_settings(saved_settings, settings, path)
+    if saved_settings != settings and processes.rank() == 0:
+        claim(path)
     return saved_settings == settings
+
+
+LINE = {"step": int, "seconds": float}                          # of NAME.log.jsonl, besides its losses
+
+
+def claim(path):
+    """Locks the folder of the checkpoint `path` for this command.
+
+    Raises UserError as locks.take, and where the log or the sheet of that name is a file of the user's.
+    """
+    locks.take(path.parent)
+    files.check_ours(path.with_suffix(".log.jsonl"), is_log)
+    files.check_ours(path.with_suffix(".png"), sheets.is_sheet)
+
+
+def is_log(path):
+    """Whether the file `path` is a log of losses, as training.Log writes it."""
+    try:
+        with open(path) as file:
+            return schema.mismatch(json.loads(file.readline(10**5)), LINE) is None
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def remove_state(path, settings):

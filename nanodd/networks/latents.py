@@ -74,7 +74,7 @@ def prepared(data, run):
             valid_labels = []
     stale_labels = [c for c in all_labels if c not in valid_labels]
     if stale_labels:
-        processes.on_first_process(lambda: locks.take(cache))
+        processes.on_first_process(lambda: locks.take(cache, ""))
         print(f"encoding the pictures of {len(stale_labels)} of {len(all_labels)} classes into {cache}, once")
     own_labels = stale_labels[processes.rank()::processes.world()]
     with tqdm(total=sum(len(parts[c].files) for c in own_labels), disable=processes.rank() > 0 or None,

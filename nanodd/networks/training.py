@@ -15,10 +15,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nanodd import files, locks, processes, schema
+from nanodd import files, processes, schema
 from nanodd.errors import UserError
 from nanodd.networks import checkpoint
-from nanodd.sampling import sheets
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Which images a step sees
@@ -138,8 +137,7 @@ class Trainer:
 # 3. Running a loop to its end
 
 
-LINE = {"step": int, "seconds": float}                          # of a log; its losses have their own names
-STATE = {"step": schema.between(1, math.inf), "seconds": float, "settings": dict, "log": [LINE],
+STATE = {"step": schema.between(1, math.inf), "seconds": float, "settings": dict, "log": [checkpoint.LINE],
          "sums": lambda sums: all(isinstance(value, (float, torch.Tensor)) for value in sums.values()),
          "trainer": {"tuned": dict, "average": dict, "optimizer": dict}}
 
@@ -152,11 +150,10 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     show: called after line k of the log with k = 1, 2, ..., on the first process, or None.
     NAME.resume.pt has the state until the end, saved every files.SAVE_EVERY seconds or, where that is longer,
     20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before. Raises
-    UserError where a loss is not finite; that run's state is then removed.
+    UserError as restored; where a loss is not finite, whose state is then removed; where torchrun has ended.
     """
     path, steps = pathlib.Path(path), trainer.plan.steps
     resume = path.with_suffix(".resume.pt")
-    processes.on_first_process(lambda: claim(path, resume))
     start, seconds, logged = restored(trainer, memories, resume, header["settings"], overwrite)
     log = Log(path, steps, start, seconds, logged)
     last_save, save_cost = time.monotonic(), 0.0
@@ -189,35 +186,12 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
                 last_save = time.monotonic()
                 save_cost = last_save - now
                 if ended:
-                    raise UserError(f"torchrun is gone: step {done} is saved, and the same command resumes")
+                    raise UserError(f"torchrun has ended: step {done} is saved, and the same command resumes")
     if processes.rank() == 0:
         tensors = trainer.ema if "base" in header else {**trainer.model.state_dict(), **trainer.ema}
         checkpoint.save_checkpoint(path, tensors, {**header, "step": steps})
         resume.unlink(missing_ok=True)
     processes.barrier()                                         # no process reads the file before it is there
-
-
-def claim(path, resume):
-    """Locks the folder of the checkpoint `path` for this command. Raises UserError as locks.take.
-
-    It also refuses to replace a log or a sheet of that name that no run of nanoDD has written.
-    """
-    locks.take(path.parent)
-    log, sheet = path.with_suffix(".log.jsonl"), path.with_suffix(".png")
-    if path.exists() or resume.exists() or is_log(log):
-        return
-    for file in (log, sheet):
-        if file.exists() and not sheets.is_sheet(file):
-            raise UserError(f"{file} is there, but neither {path.name} nor {resume.name}, so that it is not "
-                            "of a run: choose --out ELSEWHERE, or move it")
-
-
-def is_log(path):
-    """Whether the file `path` is a log of losses, as class Log writes it."""
-    try:
-        return schema.mismatch(json.loads(path.read_text().partition("\n")[0]), LINE) is None
-    except (OSError, ValueError):                               # there is none, or it is another file
-        return False
 
 
 def restored(trainer, memories, resume, settings, overwrite):

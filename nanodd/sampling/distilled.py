@@ -76,18 +76,20 @@ def fill(draw, store, record, total, budget, batch, save):
                     store.write(own, images)
                     writing += clock()
                 block_seconds, num_drawn = processes.max_over_processes(clock() - started), num_drawn + 1
+                # the second block is the first without a warm-up: its time takes the place of the first's
                 longest = max(longest_before if num_drawn <= 2 else longest, block_seconds)
                 record.update(seconds=clock() - start,
                               longest=longest_before if num_drawn == 1 else longest, writing=writing)
                 save(record)
             done, wave = done + sum(map(len, blocks)), wave + 1
             bar.update(sum(map(len, blocks)))
+    # the first block was drawn now, and took longer than the budget
     late = num_drawn == wave == 1 and processes.max_over_processes(record["seconds"] > budget)
     if late and processes.rank() == 0:
         store.remove()                                          # else the next run would take it for the set
     if late or done < K:
         raise TooShort(f"the budget of {budget:g} seconds is too short for one image of each class: the "
-                        f"first {done} took {record['seconds']:.2g} seconds. Raise --seconds, "
+                        f"first {done} images took {record['seconds']:.2g} seconds. Raise --seconds, "
                         "or lower --batch")
     items = block(0, done // K * K, K)                          # of the complete rounds
     if processes.rank() == 0:
@@ -119,13 +121,14 @@ class Place:
             locks.take(self.out)
             record = open_record(self.out, fresh, overwrite)
             self.store.claim()
+            if record["ipc"] and self.store.is_complete(record["ipc"]):
+                self.store.remove_parts()                       # a run that was killed at its end left them
             return record
         self.record = processes.on_first_process(opened)
 
     def overwrite(self):
-        """Locks the folder, and removes the set and its record. Raises as locks.take and remove_set."""
+        """Removes the set and its record, if there is one. Raises UserError as read_record and remove_set."""
         def remove():
-            locks.take(self.out)
             if self.record_path.is_file():
                 remove_set(self.out, read_record(self.record_path))
         processes.on_first_process(remove)
@@ -133,10 +136,7 @@ class Place:
     def holds(self, ipc, budget):
         """Whether the set is finished, with at least `ipc` images a class or under at least this budget."""
         enough = self.record["ipc"] >= ipc or self.record["budget"] >= budget
-        holds = enough and processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
-        if holds:
-            processes.on_first_process(self.store.remove_parts)  # a stopped run may have left them
-        return holds
+        return enough and processes.on_first_process(lambda: self.store.is_complete(self.record["ipc"]))
 
     def save(self, record):
         """Writes the record to distilled.json, on the first process."""
@@ -151,6 +151,7 @@ class Place:
         record, K = self.record, len(self.classes)
         if self.holds(ipc, budget):
             return record["ipc"] * K
+        processes.on_first_process(lambda: files.check_ours(self.sheet, sheets.is_sheet))
         if not processes.on_first_process(self.store.is_resumable):  # no block yet, or all were joined
             record.update(seconds=0.0, longest=0.0, writing=0.0)
         record.update(command=command, ipc=0, budget=0.0)       # unfinished, until the end
@@ -174,7 +175,8 @@ RECORD = {"settings": dict, "classes": schema.are_names, "ipc": schema.between(0
 
 def read_record(path):
     """The record in a distilled.json. Raises UserError where it is damaged."""
-    return files.load_json(path, RECORD, "record", ": choose --out ELSEWHERE, or remove it")
+    return files.load_json(path, RECORD, "record", ": choose --out ELSEWHERE, or move it away with the "
+                           "images")
 
 
 def open_record(out, fresh, overwrite):
@@ -182,14 +184,12 @@ def open_record(out, fresh, overwrite):
 
     Raises UserError where other settings made it, or where there are images without a record.
     """
-    path, all_stores = out / "distilled.json", stores_of(out, fresh["classes"])
+    path = out / "distilled.json"
     if not path.is_file():
-        found, sheet = [store.path for store in all_stores if store.exists()], out / "distilled.png"
-        if sheet.exists() and not sheets.is_sheet(sheet):
-            found.append(sheet)
+        found = [store.path for store in stores_of(out, fresh["classes"]) if store.exists()]
         if found:
             raise UserError(f"{found[0]} is there, but no {path.name} says what it is: "
-                            "choose --out ELSEWHERE, or remove it")
+                            "choose --out ELSEWHERE, or move it away")
         return fresh
     record = read_record(path)
     if record["settings"] == fresh["settings"]:

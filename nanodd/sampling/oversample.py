@@ -15,11 +15,11 @@ import pathlib
 
 import torch
 
-from nanodd import processes
+from nanodd import locks, processes
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines
-from nanodd.sampling import distilled
+from nanodd.sampling import distilled, stores
 
 RULES = "herding", "kcenter", "band"                            # --keep
 
@@ -57,11 +57,13 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
 def open_pool(args, place, fresh, ipc, budget):
     """The distilled.Place of the surplus, in the folder pool beside the set's own `place`.
 
-    fresh: the set's record, whose settings get those of the choice. ipc, budget: of the set, inf where the
-    other one counts. Raises UserError as Place.open.
+    fresh: the set's record; the settings of the choice are added to it. ipc, budget: of the set, inf where
+    the other one counts. Raises UserError as locks.take and Place.open.
     """
+    processes.on_first_process(lambda: locks.take(place.out))   # before a pool is removed
+    stores.refuse_link(place.out / "pool")
     pool, settings = distilled.Place(place.out / "pool", place.classes, args.npz), fresh["settings"]
-    size = [str(ipc * args.oversample), str(budget)]
+    size = [str(ipc * args.oversample), str(budget)]            # as text, since JSON has no infinity
     pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)
     fresh["settings"] = {**settings, "oversample": [args.oversample, args.keep, str(ipc), str(budget)]}
     return pool

@@ -72,24 +72,26 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     the first process alone. place: distilled.Place of the set. settings: the set's, with steps "auto"; where
     steps.json has the same settings, budget and machine, its number is returned. run: cli.Run. The budget
     does not include the time of this function.
-    Raises UserError where the budget is too short for one image of each class at any number of steps.
+    Raises UserError where the budget is too short for one image of each class at any number of steps, where
+    steps.json is damaged, and where a set is there that it does not speak of.
     """
     processes.on_first_process(lambda: locks.take(place.out))
-    if run.overwrite:
-        place.overwrite()
     settings = {**settings, "budget": budget, "device": named(run.device), "processes": processes.world(),
                 "compile": run.compile}
     out, path, share = place.out, place.out / "steps.json", pilot_share(budget)
     decision = processes.on_first_process(lambda: read_decision(path) if path.is_file() else {})
     if decision.get("settings") == settings:
         print(f"{path} has decided on {decision['steps']} steps (same settings)")
-        return decision["steps"]
+        return decision["steps"]                                # --overwrite removes no set of these steps
+    if run.overwrite:
+        place.overwrite()
     if place.record_path.is_file():
         raise UserError(f"{out} holds a set already, and no {path.name} says that its steps are the best for "
                         "this: choose --out ELSEWHERE, or --overwrite")
     print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
           "for each pilot, tested on a fifth of the training images")
     print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
+    stores.refuse_link(out / ".pilots")
     store, batch = stores.PngFolder(out / ".pilots", place.classes), settings["batch"]
     processes.on_first_process(store.claim)
     draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warm-up
@@ -110,7 +112,7 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
 def read_decision(path):
     """The table and the choice in a steps.json. Raises UserError where it is damaged."""
     form = {"settings": dict, "steps": schema.between(1, 1000)}
-    return files.load_json(path, form, "table of pilots", ": choose --out ELSEWHERE, or remove it")
+    return files.load_json(path, form, "table of pilots", ": choose --out ELSEWHERE, or move it away")
 
 
 def pilot_row(steps, draw, judge, store, batch, share, budget):

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image, PngImagePlugin
-from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from nanodd import files, processes
+from nanodd import processes
 from nanodd.data import imageset
 from nanodd.sampling import solvers
 
@@ -99,8 +98,7 @@ def write(path, sheet):
     """(3, h, w) uint8 -> a PNG file, written atomically, with the text chunk "Software" of a sheet."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("Software", MARK)
-    with files.atomic_write(path) as temporary:
-        to_pil_image(sheet).save(temporary, format="PNG", pnginfo=chunks)
+    imageset.write_png(path, sheet, chunks)
 
 
 def is_sheet(path):
@@ -126,7 +124,7 @@ def add_row(start, path, k):
     images = draw(start, CLASSES)
     row = grid(images, len(images))                                         # (3, height + 2, w)
     height = row.shape[1] - 2                                   # two rows share the two pixels between them
-    above = imageset.open_image(path)[:, :(k - 1) * height] if k > 1 and path.is_file() else row[:, :0]
+    above = imageset.open_image(path)[:, :(k - 1) * height] if k > 1 and is_sheet(path) else row[:, :0]
     write(path, torch.cat([above, row], dim=1))
 
 

@@ -1,8 +1,19 @@
 """The two ways to store a distilled set: a PNG file for each image, or one .npz for all.
 
-Both stores have the same methods. items: a list of (label, index); images: (n, C, H, W) uint8. A store writes
-through no link, and removes only files that have the names which it gives, in the folders of its classes:
-what a user put beside them stays.
+items: a list of (label, index); images: (n, C, H, W) uint8. A store writes through no link, and removes only
+files that have the names which it gives, in the folders of its classes: what a user put beside them stays.
+Both have the same methods:
+
+    claim()                 before anything is written: removes what killed processes left
+    exists()                whether images of any set are there
+    contains(items)         whether this block, as it was drawn, is there
+    is_resumable()          whether a stopped run left blocks
+    is_complete(ipc)        whether a finished set of ipc images a class is all there
+    write(items, images)    a block
+    finalise(items)         makes these images the set
+    remove_parts()          removes what was needed until then
+    images(items)           reads them again
+    remove()                removes the set
 """
 import pathlib
 import re
@@ -39,13 +50,13 @@ class PngFolder:
             locks.remove_leftovers(folder)
 
     def exists(self):
-        return self.path.exists()
+        return any(re.fullmatch(r"\d{5,}", file.stem) for file in self.path.glob("*/*.png"))
 
     def contains(self, items):
         return all(self.file(*item).is_file() for item in items)
 
     def is_resumable(self):
-        return self.path.exists()
+        return bool(self.own_files())
 
     def is_complete(self, ipc):
         return all(self.file(label, index).is_file() for index in range(ipc)
@@ -101,7 +112,7 @@ class NpzFile:
         locks.remove_leftovers(self.parts)
 
     def exists(self):
-        return self.path.exists() or self.parts.exists()
+        return self.path.exists() or bool(self.own_parts())
 
     def contains(self, items):
         part = self.part(items)
@@ -152,5 +163,4 @@ def refuse_link(folder):
 def say_left(folder, others):
     """Prints that files of a user are in the set's folder, where there are any."""
     if others:
-        print(f"{folder} has {len(others)} more files, which are not of this set and stay: {others[0]}"
-              + ", ..." * (len(others) > 1))
+        print(f"left as they are: {len(others)} other files in {folder} (first: {others[0]})")
