@@ -150,9 +150,8 @@ def tune_phase(args, run, data, phase, base, path):
     minmax = MinMax(args.lambda_r, args.lambda_d, args.slots, args.memory, args.z_hat, args.criterion,
                     run.seed)
     loop = functools.partial(tune, start.trainer, start.examples, start.rows, start.schedule, minmax)
-    before = sheets.draw(start, columns=20)                     # what the base model draws of the same seeds
-    training.fit(start.trainer, loop, path, start.header, run.overwrite, memories=minmax)
-    sheets.save_pair(before, sheets.draw(start, columns=20), path.with_suffix(".png"))
+    show = sheets.comparing(start, path.with_suffix(".png"))    # draws the same seeds before and after
+    training.fit(start.trainer, loop, path, start.header, run.overwrite, memories=minmax, show=show)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ class Discriminator:
 
     def load_state_dict(self, state):
         self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        training.load_optimizer(self.optimizer, state["optimizer"])
 
 
 # ----------------------------------------------------------------------------------------------------

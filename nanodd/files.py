@@ -114,9 +114,9 @@ def download(url, path, advice):
             with tqdm(None, f"fetching {path.name}", total, initial=start, unit="B", unit_scale=1) as bar:
                 while block := answer.read(BLOCK):
                     bar.update(file.write(block))
-            file.truncate()                                     # a .part may have been longer
             if total not in (None, file.tell()):
                 raise OSError(f"the connection broke after {file.tell():,} of {total:,} bytes")
+            file.truncate()                                     # a .part may have been longer
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:       # no network, no such file, or half of it
         if getattr(error, "code", None) == 416:                 # the .part is longer than the file
@@ -221,6 +221,7 @@ def cached(path, settings, make):
     except UserError:                                           # no such file yet, or half of one
         pass
     tensors = make()
+    locks.remove_leftovers(path.parent)
     save_tensors(path, tensors, settings)
     return tensors
 

@@ -60,6 +60,13 @@ def take(folder, advice=", or choose --out ELSEWHERE"):
     remove_leftovers(folder)
 
 
+def refuse_link(folder):
+    """Raises UserError where a folder or file to write in is a link: what it leads to is not ours."""
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link to {folder.readlink()}, and nanoDD writes through no link in "
+                        "--out: remove it, or choose --out ELSEWHERE")
+
+
 def warn(folder, error):
     """Says on stderr that a folder cannot be locked, and why."""
     print(printable(f"{folder} cannot be locked ({error.strerror}): two commands at once would disturb each "

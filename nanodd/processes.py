@@ -74,6 +74,9 @@ def process_group(settings=None):
         check_same(settings or {})
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
+    except (Exception, KeyboardInterrupt):
+        is_first_to_report()                                    # before the others see a broken connection
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -99,10 +102,12 @@ def is_first_to_report():
     """Whether no other process has said yet why it ends: of many that fail, one alone prints a sentence."""
     if "store" not in shared:                                   # not joined yet: all of a machine fail alike
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return shared["store"].add("nanodd/failed", 1) == 1
-    except RuntimeError:                                        # torchrun, which holds the store, is gone
-        return True
+    if "first" not in shared:
+        try:
+            shared["first"] = shared["store"].add("nanodd/failed", 1) == 1
+        except RuntimeError:                                    # torchrun, which holds the store, has ended
+            shared["first"] = True
+    return shared["first"]
 
 
 def is_broken_connection(error):

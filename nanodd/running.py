@@ -31,18 +31,19 @@ def command(parser, args, again="the same command resumes", many=True):
     """
     with redirect_stdout(SafeOutput(sys.stdout)):
         try:
-            cli.check(args)
             if not many:
                 processes.refuse_several(parser.prog)
             with processes.process_group(vars(args)):
+                cli.check(args)
                 yield
         except (Exception, KeyboardInterrupt) as error:
             sentence, first = explained(error, parser, again), processes.is_first_to_report()
             if not sentence:
                 raise
             if first:                                           # of all processes
-                line = "\n" * isinstance(error, KeyboardInterrupt) + f"{parser.prog}: {sentence}\n"
-                sys.stderr.write(printable(line, sys.stderr.encoding or "utf-8"))
+                line = f"{parser.prog}: {sentence}".replace("\n", "\\n")      # of names
+                start = "\n" * isinstance(error, KeyboardInterrupt)             # below ^C
+                sys.stderr.write(start + printable(line, sys.stderr.encoding or "utf-8") + "\n")
             parser.exit(2)
         finally:
             locks.release()

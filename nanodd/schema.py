@@ -62,6 +62,20 @@ def between(low, high, kind=int):
     return lambda value: mismatch(value, kind) is None and low <= value <= high
 
 
+def are_settings(value):
+    """Whether a value is a dict of plain data, as JSON has it, and no tensor, which == would not compare."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return False
+
+
+def is_plain(value):
+    """Whether a value is plain data, as JSON has it."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (str, int, float)) or are_settings(value)
+
+
 def is_name(text):
     """Whether a class name can name a folder here: one plain path component of at most 255 bytes."""
     if not isinstance(text, str) or text in ("", ".", "..") or set(text) & {os.sep, os.altsep, "\0"}:
@@ -102,6 +116,8 @@ def reading(path, kind, advice=""):
     kind: what it should be, "checkpoint". advice: how to go on. A full memory, a disk that fails and a file
     that may not be read are not converted.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is not a file")                # a pipe would never end
     try:
         yield
     except Exception as error:                                  # a damaged file may raise anything

@@ -17,7 +17,7 @@ import minimax
 import sample
 import train_eval
 from conftest import drawn_files
-from nanodd import cli, locks
+from nanodd import cli, files, locks
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import judges
@@ -72,6 +72,17 @@ def test_nothing_is_written_or_removed_behind_a_link(tuned, sentence, link, more
     assert f"out/digits/{link} is a link to " in said and own()
     del before[OUT / ".nanodd.lock"]
     assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize("name, main, argv", [
+    ("pool", sample.main, ["--ipc", "1", "--steps", "2", "--oversample", "2"]),
+    (".pilots", sample.main, ["--steps", "auto", "--seconds", "1"]),
+    ("results.jsonl", train_eval.main, ["full"]), ("judges", train_eval.main, ["full"])])
+def test_no_other_link_in_the_folder_is_followed(tuned, narrow, sentence, name, main, argv):
+    own = put("album/distilled/0/00000.png", "album/seed0.pt")
+    (OUT / name).symlink_to(pathlib.Path("album").resolve())
+    assert f"out/digits/{name} is a link to " in sentence(main, *argv) and own()
+    assert len(list(pathlib.Path("album").rglob("*"))) == 4
 
 
 def test_pictures_and_logs_that_are_not_ours_are_not_replaced(tuned, sentence, capsys):
@@ -196,6 +207,30 @@ def test_pictures_are_encoded_by_one_command_at_a_time(imagenet):
         with pytest.raises(UserError, match="latents-64-.* is in use by process"):
             latents.prepared(data, run)
     assert torch.equal(latents.prepared(data, run).moments, whole.moments)
+
+
+def test_a_result_that_another_command_just_finished_is_not_replaced(monkeypatch, sentence):
+    """It was not there when this command looked first, and was when it had the lock."""
+    diffusion.main(["--seed", "1", "--out", "other"])
+    real = checkpoint.claim
+
+    def late(path):
+        shutil.copy("other/base.safetensors", path)
+        real(path)
+    OUT.mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "claim", late)
+    assert "seed 1 there, 0 here" in sentence(diffusion.main)
+    assert pathlib.Path("other/base.safetensors").read_bytes() == (OUT / "base.safetensors").read_bytes()
+
+
+def test_a_file_that_another_command_fetches_is_not_fetched_twice(tmp_path):
+    (tmp_path / "there").write_bytes(bytes(10))
+    with open(tmp_path / "here.part", "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another command is fetching .*here: wait"):
+            files.download((tmp_path / "there").as_uri(), tmp_path / "here", "wait")
+    files.download((tmp_path / "there").as_uri(), tmp_path / "here", "wait")
+    assert (tmp_path / "here").read_bytes() == bytes(10)
 
 
 def test_a_lock_is_taken_once_and_given_back(tmp_path):
@@ -343,6 +378,31 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tuned):
     own = put(*kept)
     sample.main(["--ipc", "2", "--steps", "2"])
     assert own() and not any(map(os.path.exists, gone))
+
+
+def test_what_a_killed_command_left_in_a_cache_is_removed_by_the_next(tmp_path):
+    left = tmp_path / f".modes.safetensors.{2**22 + 1}.nanodd.tmp"
+    left.write_bytes(b"half")
+    files.cached(tmp_path / "modes.safetensors", {}, lambda: {"x": torch.zeros(1)})
+    assert not left.exists()
+
+
+def test_a_sheet_is_there_before_its_checkpoint(monkeypatch):
+    """A run that is killed between the two has no reason to draw it later."""
+    def killed(*_):
+        assert sheets.is_sheet(OUT / "minimax.png")
+        raise SystemExit(9)
+    diffusion.main([])
+    monkeypatch.setattr(checkpoint, "save_checkpoint", killed)
+    with pytest.raises(SystemExit, match="9"):
+        minimax.main([])
+
+
+def test_the_state_of_a_base_model_that_was_killed_at_its_end_is_removed_by_fine_tuning(tuned):
+    state = OUT / "base.resume.pt"
+    files.save_state(state, {"settings": files.read_header(OUT / "base.safetensors")["settings"]})
+    minimax.main([])
+    assert not state.exists()
 
 
 def test_the_states_of_judges_go_with_their_row_and_leave_other_files(tmp_path):

@@ -2,13 +2,16 @@
 import argparse
 import io
 import json
+import os
 import pathlib
 import pickle
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import diffusion
 import minimax
@@ -19,6 +22,7 @@ from nanodd import files, running, schema
 from nanodd.errors import UserError, printable
 from nanodd.judging import judges, results
 from nanodd.networks import latents
+from nanodd.sampling import stores
 
 BASE = pathlib.Path("out/digits/base.safetensors")
 
@@ -107,6 +111,27 @@ def test_all_phases_are_checked(tuned, sentence):
     assert "5-9.safetensors does not fit the first phase" in said
 
 
+def test_a_checkpoint_of_other_classes_or_another_size_has_no_modes(tuned, sentence):
+    header, words = files.read_header(BASE), ["--checkpoint", BASE, "--ipc", 1, "--steps", 2, "--out", "x"]
+    rewrite({**header, "classes": [*"012345678", "nine"]})
+    assert "draws the class nine, and digits has no images of it" in sentence(sample.main, *words, "--modes")
+    rewrite({**header, "recipe": "folder"})
+    assert "draws 1 x 8, and its recipe folder is of 3 x 8" in sentence(sample.main, *words, "--modes")
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tuned, sentence):
+    BASE.unlink()
+    os.mkfifo(BASE)
+    assert "base.safetensors is not a file" in sentence(diffusion.main)
+    assert "base.safetensors, which is gone" in sentence(sample.main)
+    os.mkfifo("results.jsonl")
+    assert "results.jsonl is not a file" in sentence(train_eval.main, "full", "--out", ".")
+    os.mkfifo("out/digits/distilled.png")
+    diffusion.main(["--out", "new"])
+    said = sentence(sample.main, "--checkpoint", "new/base.safetensors", "--ipc", 1)
+    assert "distilled.png exists, and nanoDD did not write it" in said
+
+
 # ----------------------------------------------------------------------------------------------------
 # 2. Records
 
@@ -142,6 +167,53 @@ def test_a_damaged_table_of_pilots_gets_a_sentence(tuned, sentence, text):
     assert "steps.json is damaged, or is not a nanoDD table of pilots (" in said
 
 
+def test_a_record_of_other_classes_is_not_of_this_set(tuned, sentence):
+    sample.main(["--ipc", "1", "--npz"])
+    path = pathlib.Path("out/digits/distilled.json")
+    record = json.loads(path.read_text())
+    for classes in (["0", "1", "2"], [*"0123456789", "ten"]):
+        path.write_text(json.dumps({**record, "classes": classes}))
+        assert "was made with other settings (classes [" in sentence(sample.main, "--ipc", 2, "--npz")
+
+
+def test_images_of_another_size_in_the_set_get_a_sentence(tuned, sentence):
+    sample.main(["--ipc", "1", "--batch", "10"])
+    Image.new("RGB", (9, 7)).save("out/digits/distilled/3/00000.png")
+    said = sentence(sample.main, "--ipc", 2, "--batch", 10)
+    assert "out/digits/distilled is damaged, or is not a nanoDD set of images" in said
+
+
+@pytest.mark.parametrize("name, array", [("000000005", np.zeros((3, 1, 8, 8), np.uint8)),
+                                         ("000000010", np.zeros((10, 1, 8, 8))),
+                                         ("000000010", np.zeros((10, 3, 8, 8), np.uint8))])
+def test_a_block_that_is_not_of_the_set_is_not_joined(tuned, monkeypatch, sentence, name, array):
+    argv = ["--ipc", "3", "--npz", "--steps", "2", "--batch", "10"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.NpzFile, "finalise", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        sentence(sample.main, *argv)
+    np.save(f"out/digits/distilled.npz.parts/{name}.npy", array)
+    said = sentence(sample.main, *argv)
+    assert ".npy is damaged, or is not a nanoDD block of images" in said and "delete it" in said
+    parts = pathlib.Path("out/digits/distilled.npz.parts")
+    next(part for part in parts.iterdir() if part.name in said).unlink()
+    if name != "000000005":                                     # there the one behind it is called wrong
+        sample.main(argv)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"modes": torch.zeros(3)},
+                                     {"modes": torch.zeros(10, 2, 1, 8, 8, dtype=torch.int64)},
+                                     {"modes": torch.full((10, 2, 1, 8, 8), torch.nan)}],
+                         ids=["none", "of another shape", "whole numbers", "not finite"])
+def test_modes_of_another_shape_get_a_sentence(tuned, sentence, tensors):
+    argv = ["--ipc", "2", "--steps", "2", "--modes"]
+    sample.main([*argv, "--out", "whole"])
+    path = next(pathlib.Path("out/digits").glob("modes-*"))
+    header = files.read_header(path)
+    path.unlink()
+    files.save_tensors(path, tensors, header)
+    assert f"{path} does not fit the data set: modes" in sentence(sample.main, *argv)
+
+
 def test_positions_that_are_not_in_the_pool_get_a_sentence(tuned, narrow, sentence):
     words = ["--ipc", "1", "--steps", "2", "--oversample", "2"]
     sample.main(words)
@@ -155,6 +227,13 @@ def test_a_table_of_results_that_is_no_text_gets_a_sentence(sentence):
     pathlib.Path("results.jsonl").write_bytes("{}".encode("utf-16"))
     said = sentence(train_eval.main, "full", "--out", ".")
     assert "results.jsonl is damaged, or is not a nanoDD log" in said
+
+
+def test_a_row_is_added_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"data": "digits"}')                       # an editor left the last newline out
+    results.append_row(results.open_log(tmp_path), {"data": "digits"}, "")
+    assert len(results.read_rows(path)) == 2
 
 
 def test_a_damaged_line_of_results_is_named(tmp_path):
@@ -218,6 +297,12 @@ def test_a_damaged_state_of_training_gets_a_sentence_and_runs_nothing(monkeypatc
         assert "base.resume.pt is damaged, or is not a nanoDD saved state (" in said
         assert said.endswith(": delete it to start anew")
     hurt = [{**state, "trainer": {**trainer, key: {}}} for key in ("tuned", "average", "optimizer")]
+    optimizer = trainer["optimizer"]
+    groups, entries = optimizer["param_groups"][0], optimizer["state"]
+    hurt += [{**state, "trainer": {**trainer, "optimizer": {**optimizer, **change}}} for change in (
+        {"param_groups": [{**groups, "params": [0, *groups["params"][1:-1], 0]}]},      # a segmentation fault
+        {"param_groups": []}, {"state": {**entries, 0: {}}}, {"state": {**entries, 0: entries[1]}})]
+    hurt += [{**state, "seconds": 1e16}, {**state, "settings": {**state["settings"], "seed": torch.zeros(2)}}]
     for broken in [*altered_states(state), *hurt]:
         torch.save(broken, path)
         assert "is damaged, or is not a nanoDD saved state (" in sentence(diffusion.main), broken
@@ -297,6 +382,9 @@ def test_what_a_terminal_would_obey_is_printed_as_escapes(capsys):
     with pytest.raises(SystemExit), running.command(parser, args):
         raise UserError("no class \x1b[2J")
     assert capsys.readouterr().err == "a test: no class \\x1b[2J\n"
+    with pytest.raises(SystemExit), running.command(parser, args):
+        raise UserError("no class a\nb")
+    assert capsys.readouterr().err == "a test: no class a\\nb\n"
     assert printable("ant \udcff, é", "ascii") == "ant \\udcff, \\xe9"
 
 

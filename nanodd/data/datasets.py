@@ -56,6 +56,17 @@ def data_name(data, root=None, validation=False):
     return name + "-validation" if validation else name
 
 
+def labels_of(names, data):
+    """The labels of the classes `names`, a checkpoint's, in `data`: a list of positions.
+
+    Raises UserError where the data set lacks one.
+    """
+    missing = sorted(set(names) - set(data.train.classes))
+    if missing:
+        raise UserError(f"the checkpoint draws the class {missing[0]}, and {data.name} has no images of it")
+    return [data.train.classes.index(name) for name in names]
+
+
 def load(data="digits", root=None, recipe=None, validation=False, skip_broken=False):
     """The data set called `data`, or the folder of that name, as Data.
 

@@ -104,10 +104,13 @@ def comparison(name, judge, test):
 
     Each is compared with the real images `test`, on the same device. A metric that one of the sets is too
     small for is None. name: "judge" for the features of `judge`, a RealJudge, else "timm:NAME". Raises
-    UserError as pretrained.
+    UserError as pretrained, and where the features are not finite.
     """
     embed = judge.embed if name == "judge" else pretrained(name.removeprefix("timm:"), test.images.device)
     real = embed(test.images)                                               # (N, F)
+    if not files.is_finite(real):
+        raise UserError(f"the features of {name} are not finite: choose other --features, or delete the "
+                        "real_judge-* of this data set, and a new one is trained")
 
     def compare(sets):
         rows = [metrics.compare(real, embed(part.images), test.labels, part.labels,

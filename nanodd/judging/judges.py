@@ -22,6 +22,7 @@ from nanodd import files, locks, schema
 from nanodd.data import imageset
 from nanodd.errors import UserError, printable
 from nanodd.judging import augment
+from nanodd.networks import training
 
 clock = time.monotonic         # seconds; tests replace it
 
@@ -97,7 +98,7 @@ class JudgeCheckpoint:
             run.rng.set_state(state["rng"])
             run.cpu_rng.set_state(state["cpu_rng"])
             optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)     # the saved state has its numbers
-            optimizer.load_state_dict(state["optimizer"])
+            training.load_optimizer(optimizer, state["optimizer"])
         self.earlier = max(self.earlier, state["seconds"])      # judges in threads share their seconds
         return state["epoch"] + 1, optimizer, state["accuracies"]
 

@@ -19,11 +19,15 @@ from nanodd.judging import baselines
 def open_log(folder):
     """The path of the results.jsonl in a folder, which is locked for this command.
 
-    Raises UserError as locks.take and read_rows.
+    Raises UserError as locks.take, locks.refuse_link and read_rows.
     """
     locks.take(folder)
     path = folder / "results.jsonl"
-    read_rows(path)                                             # raises now where it is damaged
+    for written in (path, folder / "judges"):
+        locks.refuse_link(written)
+    if read_rows(path) and not path.read_text().endswith("\n"):
+        with open(path, "a") as file:
+            file.write("\n")                                    # an editor left it out
     return path
 
 

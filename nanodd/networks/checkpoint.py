@@ -5,7 +5,6 @@ each class's row in the network's label table, the settings, the command, and a 
 """
 import inspect
 import json
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,7 +96,7 @@ HEADER = {
     "classes": schema.are_names,                                # K names
     "phase": [int],                                             # the first and the last tuned class
     "rows": [int],                                              # K + 1, in the label table; "no class" last
-    "guidance": schema.between(0, math.inf, float),             # with which it is drawn
+    "guidance": schema.between(0, 10**6, float),                # with which it is drawn
     "settings": dict, "command": str,                           # that made it
     "fingerprint": str,                                         # of the tensors
     "base?": {"file": str, "fingerprint": str},                 # the model with all other tensors
@@ -172,6 +171,11 @@ def check_settings(found, wanted, path):
 
 
 def finished(path, settings, overwrite):
+    """Whether `path` already holds the result of these settings, as is_finished says on the first process."""
+    return processes.on_first_process(lambda: is_finished(path, settings, overwrite))
+
+
+def is_finished(path, settings, overwrite, locked=False):
     """Whether `path` already holds the result of these settings; else its folder is locked.
 
     Raises UserError where it holds another result, unless `overwrite` (that one is replaced only once the new
@@ -180,13 +184,13 @@ def finished(path, settings, overwrite):
     advice = ": move it away, or choose --out ELSEWHERE"
     saved_settings = read_header(path, advice)["settings"] if path.exists() else None
     if saved_settings == settings:
-        if processes.rank() == 0:
-            remove_state(path.with_suffix(".resume.pt"), settings)
+        remove_state(path)
         print(f"{path} is finished (same settings): left as it is")
     elif saved_settings is not None and not overwrite:
         check_settings(saved_settings, settings, path)
-    if saved_settings != settings and processes.rank() == 0:
-        claim(path)
+    if saved_settings != settings and not locked:
+        claim(path)                                             # what had it may just have written `path`
+        return is_finished(path, settings, overwrite, locked=True)
     return saved_settings == settings
 
 
@@ -205,6 +209,8 @@ def claim(path):
 
 def is_log(path):
     """Whether the file `path` is a log of losses, as training.Log writes it."""
+    if not path.is_file():
+        return False
     try:
         with open(path) as file:
             return schema.mismatch(json.loads(file.readline(10**5)), LINE) is None
@@ -212,10 +218,11 @@ def is_log(path):
         return False
 
 
-def remove_state(path, settings):
-    """Removes the saved state `path` of a finished run with these settings, which was killed at its end."""
+def remove_state(path):
+    """Removes the saved state of a run that was killed at its end, when the checkpoint `path` was there."""
+    state, form = path.with_suffix(".resume.pt"), {"settings": schema.are_settings}
     try:
-        if path.is_file() and files.load_state(path, {"settings": dict})["settings"] == settings:
-            path.unlink()
+        if state.is_file() and files.load_state(state, form)["settings"] == read_header(path)["settings"]:
+            state.unlink()
     except UserError:                                           # damaged: whose it was cannot be told
         pass

@@ -60,7 +60,7 @@ def prepared(data, run):
                 for c in all_labels}
     headers = {c: cache_header(paths[c]) for c in all_labels}
     valid_labels = [c for c in all_labels if {key: headers[c].get(key) for key in expected[c]} == expected[c]
-                    and (train.skip_broken or not headers[c]["skipped"])]
+                    and headers[c]["skipped"] in range(len(parts[c].files) if train.skip_broken else 1)]
     processes.barrier()                                         # all have read before one writes
     same_encoder = source in autoencoder.PUBLISHED and all(
         headers[c]["source"] == source_name(source) for c in valid_labels)

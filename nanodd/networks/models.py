@@ -233,6 +233,8 @@ def base_of(args, data, run, train_base):
     if not args.base and not path.is_file():
         path = folder / path.name
     if path.is_file():
+        if not args.base and processes.rank() == 0:
+            checkpoint.remove_state(path)
         return path
     if args.base:
         raise UserError(f"there is no {path}: python diffusion.py makes a base model")

@@ -99,7 +99,7 @@ def convert(recipe, file, path, run):
     """Reads the .pt `file` and writes the base checkpoint `path`. Raises UserError as import_weights."""
     tensors, config = read_published(file, dit_config, "DiT")
     settings = {"weights": recipe.weights, "fingerprint": files.fingerprint(tensors)}
-    if checkpoint.finished(path, settings, run.overwrite):
+    if checkpoint.is_finished(path, settings, run.overwrite):
         return
     expected = {"size": recipe.size, "channels": recipe.channels, "patch": recipe.patch, "classes": 1000}
     check_size(config, expected, file, recipe.name)

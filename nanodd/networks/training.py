@@ -130,14 +130,36 @@ class Trainer:
         for tensors, saved in ((self.trainable, state["tuned"]), (self.ema, state["average"])):
             for name, tensor in tensors.items():
                 tensor.copy_(saved[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
+
+
+ENTRIES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}     # of each parameter
+
+
+def load_optimizer(optimizer, state):
+    """Loads the state of an AdamW or SGD of the same parameters, in place.
+
+    Raises ValueError where it is of others, which torch may notice late, or as a segmentation fault.
+    """
+    own, saved = ([group["params"] for group in groups["param_groups"]]
+                  for groups in (optimizer.state_dict(), state))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if own != saved:
+        raise ValueError("the optimizer's state is of other parameters")
+    for index, entries in state["state"].items():
+        tensors = [value for value in entries.values() if value is not None]
+        if set(entries) != ENTRIES[type(optimizer).__name__] or not all(
+                value.shape in ((), parameters[index].shape) for value in tensors):
+            raise ValueError(f"the optimizer's state does not fit parameter {index}")
+    optimizer.load_state_dict(state)
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Running a loop to its end
 
 
-STATE = {"step": schema.between(1, math.inf), "seconds": float, "settings": dict, "log": [checkpoint.LINE],
+STATE = {"step": schema.between(1, math.inf), "seconds": schema.between(0, 10**9, float),
+         "settings": schema.are_settings, "log": [checkpoint.LINE],
          "sums": lambda sums: all(isinstance(value, (float, torch.Tensor)) for value in sums.values()),
          "trainer": {"tuned": dict, "average": dict, "optimizer": dict}}
 
@@ -147,7 +169,7 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
 
     loop: start=k -> a generator that makes the optimizer steps from number k on, and yields {name: scalar
     tensor} after each. memories: what else the loop changes (with state_dict, load_state_dict), or None.
-    show: called after line k of the log with k = 1, 2, ..., on the first process, or None.
+    show: None, or called on the first process after line k = 1, 2, ... of the log: show(k, is it the last).
     NAME.resume.pt has the state until the end, saved every files.SAVE_EVERY seconds or, where that is longer,
     20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before. Raises
     UserError as restored; where a loss is not finite, whose state is then removed; where torchrun has ended.
@@ -177,7 +199,7 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
             if line_due:
                 bar.write(log.line(done, now))
                 if show is not None and processes.rank() == 0:
-                    show(len(log.lines))
+                    show(len(log.lines), done == steps)
             if save_due:
                 state = {**trainer.state_dict(), "extra": memories and memories.state_dict()}
                 files.save_state(resume, {"step": done, "seconds": now - log.began,

@@ -170,7 +170,8 @@ class Place:
 
 RECORD = {"settings": dict, "classes": schema.are_names, "ipc": schema.between(0, 10**8),
           "budget": schema.between(0, math.inf, float), "seconds": schema.between(0, math.inf, float),
-          "longest?": float, "writing?": float, "kept?": [[schema.between(0, 10**8)]]}
+          "longest?": schema.between(0, math.inf, float), "writing?": schema.between(0, math.inf, float),
+          "kept?": [[schema.between(0, 10**8)]]}
 
 
 def read_record(path):
@@ -193,6 +194,7 @@ def open_record(out, fresh, overwrite):
         return fresh
     record = read_record(path)
     if record["settings"] == fresh["settings"]:
+        checkpoint.check_settings(*({"classes": each["classes"]} for each in (record, fresh)), path)
         return record
     if not overwrite:
         checkpoint.check_settings(record["settings"], fresh["settings"], path)

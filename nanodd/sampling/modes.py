@@ -26,7 +26,11 @@ def of_flags(args, run, header, ipc):
         return {}, {}
     count = ipc if args.modes == math.inf else args.modes
     data = datasets.load(args.data, args.root, header["recipe"], args.validation, args.skip_broken)
-    centres = modes_of(data, run, count)[[data.train.classes.index(name) for name in header["classes"]]]
+    labels, config = datasets.labels_of(header["classes"], data), header["config"]
+    if (config["channels"], config["size"]) != (data.recipe.channels, data.recipe.size):
+        raise UserError(f"the checkpoint draws {config['channels']} x {config['size']}, and its recipe "
+                        f"{data.recipe.name} is of {data.recipe.channels} x {data.recipe.size}")
+    centres = modes_of(data, run, count)[labels]
     return ({"centres": centres, "mode_weight": args.mode_weight},
             {"modes": [count, args.mode_weight, files.fingerprint({"modes": centres})]})
 
@@ -50,7 +54,9 @@ def modes_of(data, run, count):
     def make():
         centres = [class_modes(examples, c, count, run.seed) for c in range(len(data.train.classes))]
         return {"modes": torch.stack(centres)}
-    cached = processes.on_first_process(lambda: files.cached(path, settings, make))
+    cached, recipe = processes.on_first_process(lambda: files.cached(path, settings, make)), data.recipe
+    shape = len(data.train.classes), count, recipe.channels, recipe.size, recipe.size
+    files.check_tensors(cached, {"modes": torch.empty(shape, device="meta")}, path, "data set")
     return cached["modes"].to(run.device)
 
 

@@ -19,7 +19,7 @@ from nanodd import locks, processes
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines
-from nanodd.sampling import distilled, stores
+from nanodd.sampling import distilled
 
 RULES = "herding", "kcenter", "band"                            # --keep
 
@@ -46,8 +46,8 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
     train, kept = datasets.for_judges(data.train, data.recipe).read().to(run.device), []
     judge = real_judge(train, data.recipe, pathlib.Path("out", data.name))
     real = judge.embed(train.images)                                        # (N, F)
-    for name, part in zip(classes, images, strict=True):
-        label = train.classes.index(name)                       # a checkpoint may have some classes only
+    # a checkpoint may have some of the classes only
+    for label, part in zip(datasets.labels_of(classes, data), images, strict=True):
         confidence = judge.classify(part.to(run.device)).softmax(dim=1)[:, label]       # (n,)
         features = judge.embed(part.to(run.device))                         # (n, F)
         kept.append(keep_in_class(features, confidence, real[train.labels == label], ipc, args.keep))
@@ -61,7 +61,7 @@ def open_pool(args, place, fresh, ipc, budget):
     the other one counts. Raises UserError as locks.take and Place.open.
     """
     processes.on_first_process(lambda: locks.take(place.out))   # before a pool is removed
-    stores.refuse_link(place.out / "pool")
+    locks.refuse_link(place.out / "pool")
     pool, settings = distilled.Place(place.out / "pool", place.classes, args.npz), fresh["settings"]
     size = [str(ipc * args.oversample), str(budget)]            # as text, since JSON has no infinity
     pool.open({**fresh, "settings": {**settings, "pool": size}}, args.overwrite)

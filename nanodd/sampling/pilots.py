@@ -91,7 +91,7 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     print(f"how many steps? a pilot of {share * budget:.3g} s for each count, {PILOT_JUDGES} short judges "
           "for each pilot, tested on a fifth of the training images")
     print("steps | s a batch | images in the budget | a class | pilot's images | accuracy, %")
-    stores.refuse_link(out / ".pilots")
+    locks.refuse_link(out / ".pilots")
     store, batch = stores.PngFolder(out / ".pilots", place.classes), settings["batch"]
     processes.on_first_process(store.claim)
     draw_in(CANDIDATES[0])(distilled.block(0, batch, len(place.classes)))  # warm-up

@@ -13,7 +13,6 @@ import torch
 from PIL import Image, PngImagePlugin
 from torchvision.utils import make_grid
 
-from nanodd import processes
 from nanodd.data import imageset
 from nanodd.sampling import solvers
 
@@ -103,6 +102,8 @@ def write(path, sheet):
 
 def is_sheet(path):
     """Whether the file `path` is a sheet that `write` wrote, and no picture of the user's."""
+    if not path.is_file():                                      # a pipe would be waited for
+        return False
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == MARK
@@ -111,12 +112,12 @@ def is_sheet(path):
 
 
 def growing(start, path):
-    """The function of k that draws row k = 1, 2, ... of the PNG file `path`: training.fit's `show`."""
+    """training.fit's `show` that draws row k = 1, 2, ... of the PNG file `path`."""
     print(f"{path}: grows by a row of samples after each tenth of the steps")
     return functools.partial(add_row, start, path)
 
 
-def add_row(start, path, k):
+def add_row(start, path, k, last):
     """Draws row k of the sheet `path`, a column a class; row 1 starts the sheet anew.
 
     The rows above are read from the file, so that a resumed run goes on with its sheet.
@@ -128,8 +129,13 @@ def add_row(start, path, k):
     write(path, torch.cat([above, row], dim=1))
 
 
-def save_pair(before, after, path):
-    """Writes two rows of pictures, (n, C, H, W) uint8 each, to the PNG file `path`, on the first process."""
-    if processes.rank() == 0:
-        write(path, grid(torch.cat([before, after]), len(before)))
-        print(f"{path}: samples of the same seeds, of the base model above, fine-tuned below")
+def comparing(start, path):
+    """training.fit's `show` that draws the PNG file `path` at the end: samples of now, and of then below."""
+    print(f"{path}: samples of the same seeds, of the base model above, fine-tuned below")
+    return functools.partial(add_pair, start, path, draw(start, columns=20))
+
+
+def add_pair(start, path, before, k, last):
+    """Writes two rows to the PNG file `path`: `before`, (n, C, H, W) uint8, and what is drawn now."""
+    if last:
+        write(path, grid(torch.cat([before, draw(start, columns=20)]), len(before)))

@@ -15,7 +15,6 @@ Both have the same methods:
     images(items)           reads them again
     remove()                removes the set
 """
-import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +23,6 @@ import torch
 
 from nanodd import files, locks, schema
 from nanodd.data import imageset
-from nanodd.errors import UserError
 
 
 class PngFolder:
@@ -46,7 +44,7 @@ class PngFolder:
     def claim(self):
         """Removes what killed processes left. Raises UserError where a folder is a link to another place."""
         for folder in (self.path, *self.folders):
-            refuse_link(folder)
+            locks.refuse_link(folder)
             locks.remove_leftovers(folder)
 
     def exists(self):
@@ -78,7 +76,8 @@ class PngFolder:
         """Nothing: no block has a file of its own."""
 
     def images(self, items):
-        return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
+        with schema.reading(self.path, "set of images", ": move it away"):
+            return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
 
     def remove(self):
         for file in self.own_files():
@@ -108,7 +107,7 @@ class NpzFile:
 
     def claim(self):
         """Removes what killed processes left. Raises UserError where the parts are behind a link."""
-        refuse_link(self.parts)
+        locks.refuse_link(self.parts)
         locks.remove_leftovers(self.parts)
 
     def exists(self):
@@ -133,7 +132,15 @@ class NpzFile:
 
     def finalise(self, items):
         """Joins the blocks, in the order of the images, without the images after `items`."""
-        images = np.concatenate([np.load(part) for part in self.own_parts()])[:len(items)]
+        blocks, position = [], 0
+        for part in self.own_parts():
+            with schema.reading(part, "block of images", ": delete it, and it is drawn again"):
+                blocks.append(np.load(part))
+                if (int(part.stem), blocks[-1].dtype, blocks[-1].shape[1:]) != (position, np.uint8,
+                                                                                blocks[0].shape[1:]):
+                    raise ValueError("it does not follow the one before it")
+            position += len(blocks[-1])
+        images = np.concatenate(blocks)[:len(items)]            # (N, C, H, W)
         with files.atomic_write(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, images=images, labels=[label for label, _ in items], classes=self.classes)
 
@@ -144,20 +151,13 @@ class NpzFile:
         files.remove_empty(self.parts)
 
     def images(self, items):
-        with np.load(self.path) as arrays:
+        with schema.reading(self.path, "set of images", ": move it away"), np.load(self.path) as arrays:
             positions = [index * len(self.classes) + label for label, index in items]
             return torch.from_numpy(arrays["images"][positions])
 
     def remove(self):
         self.remove_parts()
         self.path.unlink(missing_ok=True)
-
-
-def refuse_link(folder):
-    """Raises UserError where a folder to write in is a link: what it leads to is not of this set."""
-    if folder.is_symlink():
-        raise UserError(f"{folder} is a link to {pathlib.Path(folder).readlink()}, and nanoDD writes through "
-                        "no link inside of --out: remove it, or choose --out ELSEWHERE")
 
 
 def say_left(folder, others):
