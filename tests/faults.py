@@ -1,4 +1,4 @@
-"""What each process of test_faults.py runs; no test by itself: python faults.py settings|error|bug|orphan"""
+"""What each process of test_faults.py runs; no test by itself: python faults.py settings|error|orphan"""
 import os
 import pathlib
 import sys
@@ -8,25 +8,30 @@ sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).p
 
 import conftest
 import diffusion
+import sample
 from nanodd import files, processes
 from nanodd.errors import UserError
 from nanodd.networks import training
 
 for where, name, value in conftest.shrink():
     where[name] = value
-kind, rank, step = sys.argv[1], int(os.environ["RANK"]), training.Trainer.step
+kind, rank, step, draw = sys.argv[1], int(os.environ["RANK"]), training.Trainer.step, sample.draw
 
 
-def fails(self, number):
-    """The optimizer's step, with the fault of this kind on the second process."""
-    if kind == "orphan":
-        time.sleep(0.03)
-    elif rank == 1 and number == 3:
-        raise UserError("a mistake that one process sees") if kind == "error" else KeyError("a bug")
+def slow(self, number):
+    time.sleep(0.03)
     return step(self, number)
 
 
-training.Trainer.step = fails
+def fails(trained, seed, sampler, items, **pull):
+    if rank == 1 and items[0][1] > 0:                           # not in its first block
+        raise UserError("a mistake that one process sees")
+    return draw(trained, seed, sampler, items, **pull)
+
+
+training.Trainer.step, sample.draw = slow, fails
 files.SAVE_EVERY, processes.PARENT_EVERY, processes.GRACE = 999, 0.2, 10
-seed, steps = rank if kind == "settings" else 0, 900 if kind == "orphan" else 6
-diffusion.main(["--seed", str(seed), "--steps", str(steps)])
+if kind == "error":
+    sample.main(["--ipc", "12", "--steps", "2", "--batch", "5", "--out", "drawn"])
+else:
+    diffusion.main(["--seed", str(rank if kind == "settings" else 0), "--steps", "900"])
