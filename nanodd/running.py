@@ -41,9 +41,9 @@ def command(parser, args, again="the same command resumes", many=True):
             if not sentence:
                 raise
             if first:                                           # of all processes
-                line = f"{parser.prog}: {sentence}".replace("\n", "\\n")      # of names
-                start = "\n" * isinstance(error, KeyboardInterrupt)             # below ^C
-                sys.stderr.write(start + printable(line, sys.stderr.encoding or "utf-8") + "\n")
+                line = f"{parser.prog}: {sentence}".replace("\n", "\\n")      # a name may have one
+                line = "\n" * isinstance(error, KeyboardInterrupt) + line      # the terminal shows ^C
+                sys.stderr.write(printable(line, sys.stderr.encoding or "utf-8") + "\n")
             parser.exit(2)
         finally:
             locks.release()

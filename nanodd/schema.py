@@ -1,12 +1,13 @@
 """Whether plain data that was read from a file, JSON or a saved state, has the expected form.
 
 A schema is a type (int does not mean bool; float takes a finite int, too), a function that says whether the
-value is right, [schema] for a list, {key: schema} for a dict, whose keys that end in "?" may be missing, or a
-tuple of schemas, one of which must fit. Further keys of a dict are allowed.
+value is right, [schema] for a list, or {key: schema} for a dict: keys that end in "?" may be missing, and
+further keys are allowed.
 """
 import errno
 import math
 import os
+from collections import Counter
 from contextlib import contextmanager
 
 from nanodd.errors import UserError, in_words, is_out_of_memory
@@ -17,9 +18,6 @@ from nanodd.errors import UserError, in_words, is_out_of_memory
 
 def mismatch(value, schema, name="it"):
     """Where the value does not have the form of the schema, in words; None where it has."""
-    if isinstance(schema, tuple):
-        found = [mismatch(value, part, name) for part in schema]
-        return found[0] if all(found) else None
     if isinstance(schema, dict):
         if not isinstance(value, dict):
             return f"{name} is {shown(value)}, not a dict"
@@ -62,18 +60,16 @@ def between(low, high, kind=int):
     return lambda value: mismatch(value, kind) is None and low <= value <= high
 
 
-def are_settings(value):
-    """Whether a value is a dict of plain data, as JSON has it, and no tensor, which == would not compare."""
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return False
-
-
 def is_plain(value):
-    """Whether a value is plain data, as JSON has it."""
-    if isinstance(value, (list, tuple)):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, (str, int, float)) or are_settings(value)
+    """Whether a value is plain data, as JSON has it, without tensors, which == would not compare."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def are_settings(value):
+    """Whether a value is a dict of plain data."""
+    return isinstance(value, dict) and is_plain(value)
 
 
 def is_name(text):
@@ -100,8 +96,8 @@ def check_names(classes, path):
     bad = [name for name in classes if not is_name(name)]
     if bad:
         raise UserError(f"{path} has a class called {shown(bad[0])}, which cannot be the name of a folder")
-    if not are_names(list(classes)):
-        twice = sorted({name for name in classes if list(classes).count(name) > 1})
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice or not classes:
         raise UserError(f"{path} has the class {twice[0]} twice" if twice else f"{path} has no classes")
 
 

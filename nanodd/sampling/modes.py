@@ -57,7 +57,7 @@ def modes_of(data, run, count):
     cached, recipe = processes.on_first_process(lambda: files.cached(path, settings, make)), data.recipe
     shape = len(data.train.classes), count, recipe.channels, recipe.size, recipe.size
     files.check_tensors(cached, {"modes": torch.empty(shape, device="meta")}, path, "data set")
-    return cached["modes"].to(run.device)
+    return cached["modes"].float().to(run.device)
 
 
 def class_modes(examples, c, count, seed):
