@@ -309,9 +309,9 @@ def run(args, command):
     bf16 = protocol.bf16 and cli.gains_from_bf16(device) if args.bf16 is None else args.bf16
     home, pool = args.out or pathlib.Path("out", data.name), baselines.Pool(
         data, device, functools.partial(real_judge, folder=pathlib.Path("out", data.name)))
+    runs, log, rows = args.runs or protocol.runs, results.open_log(home), []
     planned, ipc = baselines.plan_rows(args.sources, args.pda, args.ipc, pool, home, protocol.baselines,
                                        f"python sample.py --steps 10{cli.data_flags(args)} makes it")
-    runs, log, rows = args.runs or protocol.runs, results.open_log(home), []
     data = data._replace(test=test.read().to(device))
     print(f"{data.name} | {data.cut} | protocol {recipe.protocol} | judge {convnet.title(recipe.net)} at "
           f"{recipe.judge_size} px | device {device}{' bf16' if bf16 else ''} | {runs} runs | "

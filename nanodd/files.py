@@ -35,7 +35,8 @@ def remove_empty(*folders):
 def check_ours(path, is_ours):
     """Raises UserError where there is a file `path` of which is_ours(path) is false: it is not replaced."""
     if path.exists() and not is_ours(path):
-        raise UserError(f"{path} exists, and nanoDD did not write it: move it, or choose --out ELSEWHERE")
+        raise UserError(f"{path} exists, and nothing says that nanoDD wrote it: move it, or choose --out "
+                        "ELSEWHERE")
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def save_state(path, state):
 
 def reading_state(path):
     """The context in which a saved state is read: what goes wrong is a UserError, the file is damaged."""
-    return schema.reading(path, "saved state", ": delete it to start anew")
+    return schema.reading(path, "nanoDD saved state", ": delete it to start anew")
 
 
 def load_state(path, form, device="cpu"):
@@ -202,35 +203,35 @@ def load_tensors(path, device="cpu", dtype=None):
     Each is cast as soon as it is read, so that there is never a second copy of all in memory. Raises
     UserError where the file is damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no .safetensors file ({error}); one that was fetched is "
-                        "fetched again once it is deleted") from error
+    advice = "; one that was fetched is fetched again once it is deleted"
+    with schema.reading(path, ".safetensors file", advice), \
+            safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
 
 
 def cached(path, settings, make):
     """The {name: tensor on the CPU} of make(), kept in the file `path` together with `settings`, plain data.
 
-    Where the file is missing or damaged, or has other settings, it is made again.
+    Where the file is missing or damaged, or has other settings, it is made again. Of two commands that make
+    it at once, the later takes what the other one has saved, so that both have the same bits.
     """
-    try:
-        if read_header(path) == settings:
-            return load_tensors(path)
-    except UserError:                                           # no such file yet, or half of one
-        pass
-    tensors = make()
-    locks.remove_leftovers(path.parent)
+    tensors = None
+    for _ in range(2):
+        try:
+            if read_header(path) == settings:
+                return load_tensors(path)
+        except UserError:                                       # no such file yet, or half of one
+            pass
+        tensors = tensors or make()
     save_tensors(path, tensors, settings)
     return tensors
 
 
-def check_tensors(tensors, expected, path, kind):
+def check_tensors(tensors, expected, path, kind, advice=""):
     """Raises UserError where {name: tensor}, read from the file `path`, are not those that are expected.
 
     That is where one is missing, unexpected, of another shape or type than in the dict `expected`, or not
-    finite. kind: what needs them, for the message, which names the file and the tensor.
+    finite. kind: what needs them, and advice: how to go on, for the message, which names file and tensor.
     """
     for name in {**expected, **tensors}:
         if name not in tensors:
@@ -246,18 +247,21 @@ def check_tensors(tensors, expected, path, kind):
             problem = "has numbers that are not finite"
         else:
             continue
-        raise UserError(f"{path} does not fit the {kind}: {name} {problem}")
+        raise UserError(f"{path} does not fit the {kind}: {name} {problem}{advice}")
 
 
 def is_finite(tensor):
     """Whether all numbers of a tensor are finite: a NaN is both its minimum and its maximum."""
-    return tensor.numel() == 0 or all(math.isfinite(extreme) for extreme in tensor.aminmax())
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor             # 8 bits have no aminmax
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
-def load_strict(module, tensors, path, kind):
+def load_strict(module, tensors, path, kind, advice=""):
     """Loads {name: tensor}, read from the file `path`, into a module, which may be on the meta device.
 
-    kind: the module's name in the message. Raises UserError as check_tensors.
+    kind: the module's name in the message. advice: as in check_tensors. Raises UserError as check_tensors.
     """
-    check_tensors(tensors, module.state_dict(), path, kind)
+    check_tensors(tensors, module.state_dict(), path, kind, advice)
     module.load_state_dict(tensors, assign=True)

@@ -3,6 +3,7 @@
 The lock is on the file .nanodd.lock in the folder, and ends with its process, however that ends. The file
 says who has the lock, stays there, and by itself locks nothing.
 """
+import errno
 import os
 import pathlib
 import re
@@ -43,7 +44,10 @@ def take(folder, advice=", or choose --out ELSEWHERE"):
         # not through a link, behind which a file of the user's may be
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = os.open(os.path.join(folder, ".nanodd.lock"), flags, 0o666)
-    except PermissionError as error:                            # of another user, or nothing can be written
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # it is another user's; or nothing can be written here, and no lock is needed
         return warn(folder, error) if os.access(folder, os.W_OK) else None
     try:
         lock(file)
@@ -64,7 +68,7 @@ def refuse_link(folder):
     """Raises UserError where a folder or file to write in is a link: what it leads to is not ours."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {folder.readlink()}, and nanoDD writes through no link in "
-                        "--out: remove it, or choose --out ELSEWHERE")
+                        "the folder of its results: remove it, or choose --out ELSEWHERE")
 
 
 def warn(folder, error):

@@ -91,10 +91,9 @@ def check_same(settings):
                                    "code": digest.hexdigest()[:8]})
     for number, other in enumerate(facts):
         names = [name for name in facts[0] if other.get(name) != facts[0][name]]
-        if names or len(other) != len(facts[0]):
-            difference = names[0] if names else "set of flags"
-            raise UserError(f"the processes differ in {difference}: {facts[0].get(difference)} on process 0, "
-                            f"{other.get(difference)} on process {number}: start all with the same flags and "
+        if names:
+            raise UserError(f"the processes differ in {names[0]}: {facts[0][names[0]]} on process 0, "
+                            f"{other.get(names[0])} on process {number}: start all with the same flags and "
                             "the same code")
 
 
@@ -186,16 +185,22 @@ def max_over_processes(value):
 def on_first_process(make):
     """Calls make() on the first process alone, and returns its result on all.
 
-    An error of the first process is raised there as it is, and on the others as a UserError, so that none of
-    them waits for it.
+    make may call this function again, in which the others then do not take part. An error of the first
+    process is raised there as it is, and on the others as a UserError, so that none of them waits for it.
     """
+    if shared.get("alone"):
+        return make()
     outcome, failure = [None, None], None
     if rank() == 0:
+        shared["alone"] = True
         try:
             outcome[0] = make()
         except Exception as error:                              # whatever it is, the others must know
             failure = error
             outcome[1] = str(error) or type(error).__name__
+            is_first_to_report()                                # they do not say it
+        finally:
+            shared["alone"] = False
     if world() > 1:
         dist.broadcast_object_list(outcome, group=shared.get("patient"))  # it may take long
     if failure is not None:

@@ -4,7 +4,7 @@ import sys
 from contextlib import contextmanager, redirect_stdout
 
 from nanodd import cli, locks, processes
-from nanodd.errors import UserError, is_out_of_memory, printable
+from nanodd.errors import UserError, in_words, is_out_of_memory, printable
 
 
 class SafeOutput:
@@ -58,7 +58,8 @@ def explained(error, parser, again):
     if is_out_of_memory(error):
         return f"out of memory; what helps: {remedies(parser)} (a smaller number where it takes one)"
     if isinstance(error, RuntimeError) and processes.is_broken_connection(error):
-        return f"another process ended, or did not answer: what was finished is kept, and {again}"
+        return (f"another process ended, or did not answer ({in_words(error)}); what was finished is kept, "
+                f"and {again}")
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return (f"cannot read or write: {error.strerror or error}{where}; what was there before is kept, and "

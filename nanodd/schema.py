@@ -36,7 +36,7 @@ def mismatch(value, schema, name="it"):
     if isinstance(schema, type):
         fits = isinstance(value, (int, float) if schema is float else schema)
         fits = fits and (schema is bool or not isinstance(value, bool))
-        fits = fits and (schema is not float or math.isfinite(value))
+        fits = fits and (schema is not float or abs(value) < math.inf)
         return None if fits else f"{name} is {shown(value)}, not of the type {schema.__name__}"
     return None if schema(value) else f"{name} is {shown(value)}"
 
@@ -109,8 +109,8 @@ def check_names(classes, path):
 def reading(path, kind, advice=""):
     """Turns what goes wrong in the block that reads the file `path` into a UserError: the file is damaged.
 
-    kind: what it should be, "checkpoint". advice: how to go on. A full memory, a disk that fails and a file
-    that may not be read are not converted.
+    kind: what it should be, "nanoDD checkpoint". advice: how to go on. A full memory, a disk that fails and a
+    file that may not be read are not converted.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path} is not a file")                # a pipe would never end
@@ -120,5 +120,4 @@ def reading(path, kind, advice=""):
         is_ours = isinstance(error, (UserError, PermissionError)) or getattr(error, "errno", 0) == errno.EIO
         if is_ours or is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is damaged, or is not a nanoDD {kind} ({in_words(error)}){advice}") \
-            from error
+        raise UserError(f"{path} is damaged, or is not a {kind} ({in_words(error)}){advice}") from error

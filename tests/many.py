@@ -34,8 +34,7 @@ with processes.process_group():                                 # one group for 
     pilots.CANDIDATES = (1, 2)
     sample.main(["--steps", "auto", "--seconds", "1.5", "--batch", "7", "--out", f"{out}/auto"])
     diffusion.main(["--network", "uvit", "--steps", "4", "--out", f"{out}/uvit"])
-    minimax.main(["--data", "imagewoof", "--root", str(files.root), "--vae", str(files.vae), "--steps", "1",
-                  "--out", f"{out}/woof"])
+    minimax.main(["--data", "imagewoof", "--root", str(files.root), "--steps", "1", "--out", f"{out}/woof"])
 
     student = ["--checkpoint", "out/digits/base.safetensors", "--steps", "4"]
     turbo.main([*student, "--no-adversarial", "--out", f"{out}/dist"])

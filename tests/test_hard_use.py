@@ -47,7 +47,7 @@ def test_files_that_a_user_puts_into_the_set_stay(tuned, capsys, more):
               OUT / "judges/notes")
     sample.main(["--ipc", "1", "--steps", "2", *more])
     said = capsys.readouterr().out
-    assert own() and "left as they are: 4 other files in out/digits/distilled (first: " in said
+    assert own() and "left as they are: other files in out/digits/distilled, 4 in all (first: " in said
     ours = [file for file in drawn_files() if file.rsplit("/", 1)[1][:5].isdecimal()]
     assert len(ours) == (20 if more == ["--ipc", "2"] else 0 if "--npz" in more else 10)
 
@@ -233,6 +233,24 @@ def test_a_file_that_another_command_fetches_is_not_fetched_twice(tmp_path):
     assert (tmp_path / "here").read_bytes() == bytes(10)
 
 
+def test_a_folder_that_cannot_be_written_needs_no_lock(tuned, monkeypatch, capsys):
+    sample.main(["--ipc", "1", "--steps", "2"])
+    (OUT / ".nanodd.lock").unlink()
+
+    def readonly(path, flags, mode):
+        raise OSError(error, os.strerror(error), str(path))
+    monkeypatch.setattr(locks.os, "open", readonly)
+    error = errno.EROFS
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    sample.main(["--ipc", "1", "--steps", "2"])
+    said = capsys.readouterr()
+    assert "left as it is" in said.out and "cannot be locked" not in said.err
+    error = errno.EACCES                                        # another user's, in a folder of a group
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    sample.main(["--ipc", "1", "--steps", "2"])
+    assert "out/digits cannot be locked (Permission denied)" in capsys.readouterr().err
+
+
 def test_a_lock_is_taken_once_and_given_back(tmp_path):
     locks.take(tmp_path / "a")
     locks.take(tmp_path / "a/../a")
@@ -327,6 +345,23 @@ def test_a_spent_budget_without_a_complete_round_is_refused_each_time(tuned, clo
         assert "too short for one image of each class" in sentence(sample.main, *late)
 
 
+def test_blocks_of_a_larger_set_that_was_stopped_are_left_out(tuned, monkeypatch):
+    argv, write, drawn = ["--npz", "--steps", "2", "--batch", "20"], stores.NpzFile.write, []
+    sample.main([*argv, "--ipc", "3", "--out", "whole"])
+
+    def killed(self, items, images):
+        if len(drawn) == 3:
+            raise SystemExit(9)
+        drawn.append(write(self, items, images))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stores.NpzFile, "write", killed)
+        sample.main([*argv, "--ipc", "8"])
+    sample.main([*argv, "--ipc", "3"])
+    one, two = (np.load(out / "distilled.npz") for out in (pathlib.Path("whole"), OUT))
+    assert len(two["images"]) == 30 and (one["images"] == two["images"]).all()
+    assert not (OUT / "distilled.npz.parts").exists()
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "x"), OSError("encoder error -2"),
                                    FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
                                    OSError(errno.ENOSPC, "No space left on device")], ids=str)
@@ -380,11 +415,14 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tuned):
     assert own() and not any(map(os.path.exists, gone))
 
 
-def test_what_a_killed_command_left_in_a_cache_is_removed_by_the_next(tmp_path):
-    left = tmp_path / f".modes.safetensors.{2**22 + 1}.nanodd.tmp"
-    left.write_bytes(b"half")
-    files.cached(tmp_path / "modes.safetensors", {}, lambda: {"x": torch.zeros(1)})
-    assert not left.exists()
+def test_of_two_commands_that_make_a_cache_the_later_takes_what_the_other_saved(tmp_path):
+    path = tmp_path / "modes.safetensors"
+
+    def make():
+        files.save_tensors(path, {"x": torch.ones(1)}, {"seed": 0})         # the other one, in the meantime
+        return {"x": torch.zeros(1)}
+    assert files.cached(path, {"seed": 0}, make)["x"] == 1
+    assert files.cached(path, {"seed": 1}, lambda: {"x": torch.zeros(1)})["x"] == 0
 
 
 def test_a_sheet_is_there_before_its_checkpoint(monkeypatch):

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import diffusion
 import minimax
 from nanodd import files
 from nanodd.data import imageset
-from nanodd.networks import latents
+from nanodd.networks import autoencoder, latents
 
 SCRIPT = pathlib.Path(__file__).parent / "many.py"
 
@@ -28,7 +29,10 @@ def both(imagenet_files, tmp_path_factory):
             patch.setitem(where, name, value)
         minimax.main([])                                        # the base, and what is drawn from
         diffusion.main(["--weights", str(imagenet_files.weights)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    hub = home / "hub/checkpoints"                              # the published autoencoder, fetched already
+    hub.mkdir(parents=True)
+    shutil.copy(imagenet_files.vae, hub / f"{autoencoder.PUBLISHED['ema']}.safetensors")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(home)}
     for out, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone",
                                                 "--nproc-per-node=2"])):
         (home / out).mkdir()

@@ -102,8 +102,8 @@ def header(archive, name, path):
     size = member.file_size - head.tell()
     fits = math.prod(shape) * dtype.itemsize == size and min(shape, default=0) >= 0
     if not dtype.hasobject and not (fits and dtype.itemsize):   # a billion texts of no letters take no bytes
-        raise UserError(f"{path} is damaged: {name} are {Header(shape, dtype)}, but {size:,} bytes are "
-                        "there, and such an array has another number of them")
+        raise UserError(f"{path} is damaged: {name} are {Header(shape, dtype)}, but such an array does not "
+                        f"take the {size:,} bytes that are there")
     if member.compress_size > os.path.getsize(path):
         raise UserError(f"{path} is damaged: {name} should take {member.compress_size:,} bytes of the file, "
                         f"which has {os.path.getsize(path):,}")

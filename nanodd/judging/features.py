@@ -45,7 +45,8 @@ def cached_judge(folder, train, recipe, how, make, build, name="real_judge"):
     def weights():
         print(f"training a judge on all {len(train.labels):,} real images, once, for {path}")
         return {name: x.cpu().contiguous() for name, x in make().state_dict().items()}
-    files.load_strict(judge, files.cached(path, {"key": key}, weights), path, "judge")
+    files.load_strict(judge, files.cached(path, {"key": key}, weights), path, "judge",
+                      ": delete it, and it is made again")
     return judge.to(device)
 
 

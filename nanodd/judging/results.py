@@ -37,11 +37,11 @@ def read_rows(path):
     Raises UserError where a line is damaged.
     """
     rows, lines = [], []
-    with schema.reading(path, "log of results", ": move it away, or choose --out ELSEWHERE"):
+    with schema.reading(path, "nanoDD log of results", ": move it away, or choose --out ELSEWHERE"):
         lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         advice = ": delete that line, or choose --out ELSEWHERE"
-        with schema.reading(f"{path}, line {number},", "row", advice):
+        with schema.reading(f"{path}, line {number},", "nanoDD row", advice):
             rows.append(schema.require(json.loads(line), {"data": str}))
     return rows
 

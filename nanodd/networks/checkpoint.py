@@ -108,8 +108,8 @@ def read_header(path, advice=""):
 
     Raises UserError, with `advice` at its end, where the file is damaged or is no checkpoint.
     """
-    header = files.read_header(path, HEADER, "checkpoint", advice)
-    with schema.reading(path, "checkpoint", advice):
+    header = files.read_header(path, HEADER, "nanoDD checkpoint", advice)
+    with schema.reading(path, "nanoDD checkpoint", advice):
         config, last = header["config"], len(header["classes"]) - 1
         backbone = config.get("backbone", "dit")
         if backbone not in BACKBONES or config["network"] not in BACKBONES[backbone].sizes:
@@ -163,7 +163,7 @@ def rows_of(header, classes, path):
 
 def check_settings(found, wanted, path):
     """Raises UserError, naming the differences, if `path` was made with other settings; both are dicts."""
-    differences = [f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here"
+    differences = [f"{key} {schema.shown(found.get(key))} there, {schema.shown(wanted.get(key))} here"
                    for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
     if differences:
         raise UserError(f"{path} was made with other settings ({'; '.join(differences)}): "
@@ -223,6 +223,6 @@ def remove_state(path):
     state, form = path.with_suffix(".resume.pt"), {"settings": schema.are_settings}
     try:
         if state.is_file() and files.load_state(state, form)["settings"] == read_header(path)["settings"]:
-            state.unlink()
+            state.unlink(missing_ok=True)
     except UserError:                                           # damaged: whose it was cannot be told
         pass

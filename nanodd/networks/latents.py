@@ -58,21 +58,22 @@ def prepared(data, run):
     parts = {c: train.pick(train.labels == c) for c in all_labels}
     expected = {c: {"pictures": imageset.fingerprint(parts[c], times=True), "pixels": parts[c].size}
                 for c in all_labels}
-    headers = {c: cache_header(paths[c]) for c in all_labels}
-    valid_labels = [c for c in all_labels if {key: headers[c].get(key) for key in expected[c]} == expected[c]
-                    and headers[c]["skipped"] in range(len(parts[c].files) if train.skip_broken else 1)]
+    headers = valid_headers(paths, expected, parts)
+    if processes.max_over_processes(len(headers) < len(paths)):
+        processes.on_first_process(lambda: locks.take(cache, ""))
+        headers = valid_headers(paths, expected, parts)         # another command may just have made some
     processes.barrier()                                         # all have read before one writes
     same_encoder = source in autoencoder.PUBLISHED and all(
-        headers[c]["source"] == source_name(source) for c in valid_labels)
-    if len(valid_labels) < len(all_labels) or not same_encoder:
+        header["source"] == source_name(source) for header in headers.values())
+    if len(headers) < len(paths) or not same_encoder:
         vae = autoencoder.load_autoencoder(source, device)
         encoder = autoencoder.encoder_fingerprint(vae)
-        if any(headers[c]["encoder"] != encoder for c in valid_labels):
+        if any(header["encoder"] != encoder for header in headers.values()):
             if not run.overwrite:
                 raise UserError(f"{cache} was made by another autoencoder than --vae {source}: "
                                 "--overwrite encodes anew")
-            valid_labels = []
-    stale_labels = [c for c in all_labels if c not in valid_labels]
+            headers = {}
+    stale_labels = [c for c in all_labels if c not in headers]
     if stale_labels:
         processes.on_first_process(lambda: locks.take(cache, ""))
         print(f"encoding the pictures of {len(stale_labels)} of {len(all_labels)} classes into {cache}, once")
@@ -99,6 +100,17 @@ def source_name(source):
     return "published" if source in autoencoder.PUBLISHED else pathlib.Path(source).name
 
 
+def valid_headers(paths, expected, parts):
+    """{label: header} of the files in the latent cache that need not be made again.
+
+    paths: {label: file}. expected: {label: what its header must say}. parts: {label: ImageFiles}.
+    """
+    headers = {c: cache_header(path) for c, path in paths.items()}
+    return {c: header for c, header in headers.items()
+            if {key: header.get(key) for key in expected[c]} == expected[c]
+            and header["skipped"] in range(len(parts[c].files) if parts[c].skip_broken else 1)}
+
+
 def cache_header(path):
     """The header of a file of the latent cache; {} where the file is missing or damaged."""
     form = {"pictures": str, "pixels": int, "source": str, "encoder": str, "skipped": int}
@@ -116,7 +128,7 @@ def cached_moments(path, part):
     tensors, skipped, side = files.load_tensors(path), files.read_header(path)["skipped"], part.size // 8
     with torch.device("meta"):
         expected = {"moments": torch.empty(len(part.files) - skipped, 2, 8, side, side)}
-    files.check_tensors(tensors, expected, path, "latent cache")
+    files.check_tensors(tensors, expected, path, "latent cache", ": delete it, and it is made again")
     return tensors["moments"]
 
 

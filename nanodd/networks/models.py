@@ -139,6 +139,8 @@ def new_tuned(args, run, data, phase, base, path):
     examples = latents.prepared(data, run)
     config = {**base_header["config"], "difffit": args.tune == "difffit"}
     model = checkpoint.rebuild(config, files.load_tensors(base), base).to(run.device)
+    if checkpoint.read_header(base)["fingerprint"] != base_header["fingerprint"]:
+        raise UserError(f"another command has just replaced {base}: start again")
     model.recompute, tuned = run.recompute, set(difffit_parameters(model))
     for name, parameter in model.named_parameters():
         if args.tune == "difffit":                              # else all but DiT's fixed positions

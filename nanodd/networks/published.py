@@ -7,7 +7,7 @@ import torch
 
 from nanodd import cli, files, processes, recipes
 from nanodd.data import archives
-from nanodd.errors import UserError
+from nanodd.errors import UserError, is_out_of_memory
 from nanodd.networks import checkpoint
 
 # ----------------------------------------------------------------------------------------------------
@@ -30,6 +30,8 @@ def read_published(path, read_config, kind):
         tensors = {name: tensor.float() for name, tensor in state.get("ema", state).items()}
         return tensors, read_config(tensors)
     except Exception as error:                                  # a damaged pickle may raise anything
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} holds no {kind} weights as they are published ({type(error).__name__}: "
                         f"{str(error)[:80]}); one that was fetched is fetched again once it is "
                         "deleted") from error

@@ -171,8 +171,9 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     tensor} after each. memories: what else the loop changes (with state_dict, load_state_dict), or None.
     show: None, or called on the first process after line k = 1, 2, ... of the log: show(k, is it the last).
     NAME.resume.pt has the state until the end, saved every files.SAVE_EVERY seconds or, where that is longer,
-    20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before. Raises
-    UserError as restored; where a loss is not finite, whose state is then removed; where torchrun has ended.
+    20 times as long as saving takes; NAME.log.jsonl has the losses, means since the line before.
+    Raises UserError as restored, where a loss is not finite (the saved state is then removed), and where
+    torchrun has ended.
     """
     path, steps = pathlib.Path(path), trainer.plan.steps
     resume = path.with_suffix(".resume.pt")
@@ -198,8 +199,8 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
                         f"{path} is untouched")
             if line_due:
                 bar.write(log.line(done, now))
-                if show is not None and processes.rank() == 0:
-                    show(len(log.lines), done == steps)
+                if show is not None:
+                    processes.on_first_process(lambda done=done: show(len(log.lines), done == steps))
             if save_due:
                 state = {**trainer.state_dict(), "extra": memories and memories.state_dict()}
                 files.save_state(resume, {"step": done, "seconds": now - log.began,

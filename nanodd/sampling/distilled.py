@@ -176,8 +176,8 @@ RECORD = {"settings": dict, "classes": schema.are_names, "ipc": schema.between(0
 
 def read_record(path):
     """The record in a distilled.json. Raises UserError where it is damaged."""
-    return files.load_json(path, RECORD, "record", ": choose --out ELSEWHERE, or move it away with the "
-                           "images")
+    advice = ": choose --out ELSEWHERE, or move it away with the images"
+    return files.load_json(path, RECORD, "nanoDD record", advice)
 
 
 def open_record(out, fresh, overwrite):
@@ -193,11 +193,11 @@ def open_record(out, fresh, overwrite):
                             "choose --out ELSEWHERE, or move it away")
         return fresh
     record = read_record(path)
-    if record["settings"] == fresh["settings"]:
-        checkpoint.check_settings(*({"classes": each["classes"]} for each in (record, fresh)), path)
+    found, wanted = ({**each["settings"], "classes": each["classes"]} for each in (record, fresh))
+    if found == wanted:
         return record
     if not overwrite:
-        checkpoint.check_settings(record["settings"], fresh["settings"], path)
+        checkpoint.check_settings(found, wanted, path)
     remove_set(out, record)
     return fresh
 

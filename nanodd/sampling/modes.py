@@ -56,7 +56,8 @@ def modes_of(data, run, count):
         return {"modes": torch.stack(centres)}
     cached, recipe = processes.on_first_process(lambda: files.cached(path, settings, make)), data.recipe
     shape = len(data.train.classes), count, recipe.channels, recipe.size, recipe.size
-    files.check_tensors(cached, {"modes": torch.empty(shape, device="meta")}, path, "data set")
+    files.check_tensors(cached, {"modes": torch.empty(shape, device="meta")}, path, "data set",
+                        ": delete it, and it is made again")
     return cached["modes"].float().to(run.device)
 
 

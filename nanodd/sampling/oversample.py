@@ -49,8 +49,8 @@ def choose(args, run, recipe, classes, images, ipc, real_judge):
     # a checkpoint may have some of the classes only
     for label, part in zip(datasets.labels_of(classes, data), images, strict=True):
         if part.shape[1] != train.images.shape[1]:
-            raise UserError(f"the pool's images have {part.shape[1]} channels, and those of {data.name} "
-                            f"{train.images.shape[1]}: remove the folder pool")
+            raise UserError(f"the images in the folder pool have {part.shape[1]} channels, and those of "
+                            f"{data.name} {train.images.shape[1]}: remove that folder")
         confidence = judge.classify(part.to(run.device)).softmax(dim=1)[:, label]       # (n,)
         features = judge.embed(part.to(run.device))                         # (n, F)
         kept.append(keep_in_class(features, confidence, real[train.labels == label], ipc, args.keep))

@@ -79,10 +79,10 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     settings = {**settings, "budget": budget, "device": named(run.device), "processes": processes.world(),
                 "compile": run.compile}
     out, path, share = place.out, place.out / "steps.json", pilot_share(budget)
-    decision = processes.on_first_process(lambda: read_decision(path) if path.is_file() else {})
-    if decision.get("settings") == settings:
-        print(f"{path} has decided on {decision['steps']} steps (same settings)")
-        return decision["steps"]                                # --overwrite removes no set of these steps
+    decided = processes.on_first_process(lambda: read_decision(path, settings))     # of its own device
+    if decided:
+        print(f"{path} has decided on {decided} steps (same settings)")
+        return decided                                          # --overwrite removes no set of these steps
     if run.overwrite:
         place.overwrite()
     if place.record_path.is_file():
@@ -109,10 +109,16 @@ def choose_steps(draw_in, judge, place, settings, budget, run):
     return best
 
 
-def read_decision(path):
-    """The table and the choice in a steps.json. Raises UserError where it is damaged."""
+def read_decision(path, settings):
+    """The number of steps in a steps.json of these settings, else None.
+
+    Raises UserError where the file is damaged.
+    """
+    if not path.is_file():
+        return None
     form = {"settings": dict, "steps": schema.between(1, 1000)}
-    return files.load_json(path, form, "table of pilots", ": choose --out ELSEWHERE, or move it away")
+    table = files.load_json(path, form, "nanoDD table of pilots", ": choose --out ELSEWHERE, or move it away")
+    return table["steps"] if table["settings"] == settings else None
 
 
 def pilot_row(steps, draw, judge, store, batch, share, budget):

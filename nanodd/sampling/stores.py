@@ -5,7 +5,7 @@ files that have the names which it gives, in the folders of its classes: what a 
 Both have the same methods:
 
     claim()                 before anything is written: removes what killed processes left
-    exists()                whether images of any set are there
+    exists()                whether images are there
     contains(items)         whether this block, as it was drawn, is there
     is_resumable()          whether a stopped run left blocks
     is_complete(ipc)        whether a finished set of ipc images a class is all there
@@ -48,7 +48,7 @@ class PngFolder:
             locks.remove_leftovers(folder)
 
     def exists(self):
-        return any(re.fullmatch(r"\d{5,}", file.stem) for file in self.path.glob("*/*.png"))
+        return bool(self.own_files())
 
     def contains(self, items):
         return all(self.file(*item).is_file() for item in items)
@@ -134,6 +134,8 @@ class NpzFile:
         """Joins the blocks, in the order of the images, without the images after `items`."""
         blocks, position = [], 0
         for part in self.own_parts():
+            if position >= len(items):
+                break                                           # of a larger set, or behind a gap
             with schema.reading(part, "block of images", ": delete it, and it is drawn again"):
                 blocks.append(np.load(part))
                 if (int(part.stem), blocks[-1].dtype, blocks[-1].shape[1:]) != (position, np.uint8,
@@ -163,4 +165,4 @@ class NpzFile:
 def say_left(folder, others):
     """Prints that files of a user are in the set's folder, where there are any."""
     if others:
-        print(f"left as they are: {len(others)} other files in {folder} (first: {others[0]})")
+        print(f"left as they are: other files in {folder}, {len(others)} in all (first: {others[0]})")
