@@ -22,7 +22,7 @@ SAVE_EVERY = 10                # seconds between two saved states of a run
 BLOCK = 2**20                  # bytes of a download that are in memory at once
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Atomic writes and downloads
+# 1. Folders, atomic writes and downloads
 
 
 def remove_empty(*folders):
@@ -215,16 +215,23 @@ def cached(path, settings, make):
     Where the file is missing or damaged, or has other settings, it is made again. Of two commands that make
     it at once, the later takes what the other one has saved, so that both have the same bits.
     """
-    tensors = None
-    for _ in range(2):
-        try:
-            if read_header(path) == settings:
-                return load_tensors(path)
-        except UserError:                                       # no such file yet, or half of one
-            pass
-        tensors = tensors or make()
-    save_tensors(path, tensors, settings)
-    return tensors
+    saved = saved_tensors(path, settings)
+    if saved is not None:
+        return saved
+    made = make()
+    saved = saved_tensors(path, settings)                       # by another command, meanwhile
+    if saved is not None:
+        return saved
+    save_tensors(path, made, settings)
+    return made
+
+
+def saved_tensors(path, settings):
+    """The {name: tensor} in the file `path`; None where it is missing or damaged, or has other settings."""
+    try:
+        return load_tensors(path) if read_header(path) == settings else None
+    except UserError:
+        return None
 
 
 def check_tensors(tensors, expected, path, kind, advice=""):

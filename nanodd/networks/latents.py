@@ -75,7 +75,7 @@ def prepared(data, run):
             headers = {}
     stale_labels = [c for c in all_labels if c not in headers]
     if stale_labels:
-        processes.on_first_process(lambda: locks.take(cache, ""))
+        processes.on_first_process(lambda: locks.take(cache, ""))           # --overwrite: not taken above
         print(f"encoding the pictures of {len(stale_labels)} of {len(all_labels)} classes into {cache}, once")
     own_labels = stale_labels[processes.rank()::processes.world()]
     with tqdm(total=sum(len(parts[c].files) for c in own_labels), disable=processes.rank() > 0 or None,

@@ -121,7 +121,7 @@ class Place:
             locks.take(self.out)
             record = open_record(self.out, fresh, overwrite)
             self.store.claim()
-            if record["ipc"] and self.store.is_complete(record["ipc"]):
+            if record["ipc"]:                                   # it is finished
                 self.store.remove_parts()                       # a run that was killed at its end left them
             return record
         self.record = processes.on_first_process(opened)

@@ -15,6 +15,8 @@ Both have the same methods:
     images(items)           reads them again
     remove()                removes the set
 """
+import os
+import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,10 +38,16 @@ class PngFolder:
     def file(self, label, index):
         return self.folders[label] / f"{index:05}.png"
 
-    def own_files(self):
-        """All files that are named as those of this store."""
-        return [file for folder in self.folders for file in folder.glob("*.png")
-                if re.fullmatch(r"\d{5,}", file.stem)]
+    def listed(self):
+        """All files in the folder and below: a set of those named as this store's, a list of the others."""
+        own, others, folders = set(), [], set(map(str, self.folders))
+        for place, _, names in os.walk(self.path):
+            for name in names:
+                if place in folders and re.fullmatch(r"\d{5,}\.png", name):
+                    own.add(pathlib.Path(place, name))
+                else:
+                    others.append(pathlib.Path(place, name))
+        return own, sorted(others)
 
     def claim(self):
         """Removes what killed processes left. Raises UserError where a folder is a link to another place."""
@@ -48,13 +56,13 @@ class PngFolder:
             locks.remove_leftovers(folder)
 
     def exists(self):
-        return bool(self.own_files())
+        return bool(self.listed()[0])
 
     def contains(self, items):
         return all(self.file(*item).is_file() for item in items)
 
     def is_resumable(self):
-        return bool(self.own_files())
+        return self.exists()
 
     def is_complete(self, ipc):
         return all(self.file(label, index).is_file() for index in range(ipc)
@@ -66,11 +74,10 @@ class PngFolder:
 
     def finalise(self, items):
         """Removes all images but `items`: those of the round that was not finished."""
-        kept = {self.file(*item) for item in items}
-        for file in set(self.own_files()) - kept:
+        own, others = self.listed()
+        for file in own - {self.file(*item) for item in items}:
             file.unlink()
-        others = [file for file in self.path.rglob("*") if file not in kept and file not in self.folders]
-        say_left(self.path, sorted(file for file in others if not file.is_dir()))
+        say_left(self.path, others)
 
     def remove_parts(self):
         """Nothing: no block has a file of its own."""
@@ -80,10 +87,11 @@ class PngFolder:
             return torch.stack([imageset.open_image(self.file(*item), channels=None) for item in items])
 
     def remove(self):
-        for file in self.own_files():
+        own, others = self.listed()
+        for file in own:
             file.unlink()
         files.remove_empty(*self.folders, self.path)
-        say_left(self.path, sorted(file for file in self.path.rglob("*") if not file.is_dir()))
+        say_left(self.path, others)
 
 
 class NpzFile:
