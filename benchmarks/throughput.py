@@ -2,12 +2,14 @@
 
     python benchmarks/throughput.py        # under 4 minutes on two CPU cores
 
-Operations are counted by torch's own flop counter. Prints a line each for the matrix product; the tiny DiT's
-training step; the min-max losses' share of a step of fine-tuning (of all weights); a sampling step;
-augmentation's share of a judge's step; five judges side by side against one by one; and the forward passes of
-CIFAR-100's DiT-S/2 and U-ViT-S/2, in bfloat16 where the machine gains from it.
+Operations are those of the products, counted by torch's flop counter, to which the CPU's attention is added.
+Prints a line each for the matrix product; the tiny DiT's training step; the min-max losses' share of a step
+of fine-tuning (of all weights); a sampling step; augmentation's share of a judge's step; five judges side by
+side against one by one; and the forward passes of CIFAR-100's DiT-S/2 and U-ViT-S/2, in bfloat16 where the
+machine gains from it.
 """
 import functools
+import math
 import pathlib
 import statistics
 import sys
@@ -52,9 +54,19 @@ def seconds(work, device, rounds=7, least=0.3):
     return statistics.median(times)
 
 
+# The operations of attention on a CPU, which torch's counter leaves out; q (B, h, N, d), k (B, h, M, d).
+# Forwards two products, Q K^T and its softmax times V. Backwards five: the gradients of Q, K, V and of the
+# softmax, and Q K^T once more, which is not kept. torch counts the attention of GPUs by the same rule.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, *_, **__: 2 * 2 * math.prod(q) * k[2],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, *_, **__: 5 * 2 * math.prod(q) * k[2]}
+
+
 def flops(work):
     """Operations of one call of `work`, forward and backward, a multiply-add being two."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         work()
     return counter.get_total_flops()
 
