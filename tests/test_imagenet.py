@@ -16,6 +16,7 @@ import train_eval
 from conftest import NARROW, shrink
 from nanodd import cli, files, recipes
 from nanodd.data import archives, datasets, imageset
+from nanodd.errors import UserError
 from nanodd.networks import autoencoder, checkpoint, latents, models, published, training
 
 # Section 2.5 of the method's facts: class, and its row in the published weights' label table
@@ -203,6 +204,25 @@ def test_both_flips_are_cached_and_each_step_draws_its_own_latent(woof):
                         for k in range(400)])
     deviation = 0.18215 * torch.exp(encoded.moments[3, :, 4:].float() / 2)
     assert ((many.mean(dim=0) - 0.18215 * mean) / deviation).abs().max() < 0.3  # six standard errors
+
+
+def test_each_precision_has_a_cache_of_its_own(woof, capsys):
+    data, found = datasets.load("imagewoof", woof.root), {}
+    for bf16 in (True, False, None):                            # None: so narrow an encoder gains nothing
+        run = cli.Run("", torch.device("cpu"), 0, False, bf16, False, False, str(woof.vae))
+        found[bf16] = latents.prepared(data, run).moments.float()
+        assert ("encoding" in capsys.readouterr().out) == (bf16 is True)    # woof has the other one
+    assert torch.equal(found[False], found[None])
+    error = (found[True] - found[False]).pow(2).mean().sqrt() / found[False].std()
+    assert 1e-4 < error < 0.03                                  # float16, in which they are kept, adds 3e-4
+    rough, exact = (next(pathlib.Path("out/imagewoof").glob(f"latents-64-{end}"))
+                    for end in ("*-bf16", "????????"))
+    name = f"{archives.SUBSETS['imagewoof'][0]}.safetensors"
+    headers = [files.read_header(cache / name) for cache in (rough, exact)]
+    assert [header["source"] for header in headers] == [f"{woof.vae.name} in bfloat16", woof.vae.name]
+    shutil.copy(rough / name, exact / name)
+    with pytest.raises(UserError, match="another autoencoder"):
+        latents.prepared(data, run)
 
 
 def test_latents_have_modes_and_pictures_are_chosen(woof, monkeypatch):

@@ -43,16 +43,17 @@ class Latents(NamedTuple):
 def prepared(data, run):
     """The training set of the diffusion model, on the device: data.train itself, or its Latents.
 
-    Latents are cached in out/NAME/latents-256-(a hash of the pictures' folder), in a file for each class that
-    is made again when its pictures change (names, sizes, times). Where all files are there, neither of the
-    published autoencoders is loaded. Raises UserError where another autoencoder than --vae made them and
-    --overwrite is not given, or where pictures cannot be read.
+    Latents are cached in out/NAME/latents-256-(a hash of the pictures' folder), with -bf16 where they are
+    encoded in bfloat16, in a file for each class that is made again when its pictures change (names, sizes,
+    times). Where all files are there, neither of the published autoencoders is loaded. Raises UserError where
+    another autoencoder than --vae made them and --overwrite is not given, or where pictures cannot be read.
     """
-    train, source, device = data.train, run.vae, run.device
+    train, source, device, bf16 = data.train, encoder_name(run), run.device, encodes_in_bf16(run)
     if not data.recipe.latents:
         return train.to(device)
     folder = str(train.files[0].parent.parent.resolve()).encode(errors="surrogatepass")
-    cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(folder).hexdigest()[:8]}")
+    cache = pathlib.Path("out", data.name, f"latents-{train.size}-{hashlib.sha256(folder).hexdigest()[:8]}"
+                         + "-bf16" * bf16)
     all_labels = train.labels.unique().tolist()
     paths = {c: cache / f"{train.classes[c]}.safetensors" for c in all_labels}
     parts = {c: train.pick(train.labels == c) for c in all_labels}
@@ -63,14 +64,14 @@ def prepared(data, run):
         processes.on_first_process(lambda: locks.take(cache, ""))
         headers = valid_headers(paths, expected, parts)         # another command may just have made some
     processes.barrier()                                         # all have read before one writes
-    same_encoder = source in autoencoder.PUBLISHED and all(
-        header["source"] == source_name(source) for header in headers.values())
+    same_encoder = run.vae in autoencoder.PUBLISHED and all(
+        header["source"] == source for header in headers.values())
     if len(headers) < len(paths) or not same_encoder:
-        vae = autoencoder.load_autoencoder(source, device)
-        encoder = autoencoder.encoder_fingerprint(vae)
+        vae = autoencoder.load_autoencoder(run.vae, device, torch.bfloat16 if bf16 else torch.float32)
+        encoder = autoencoder.encoder_fingerprint(vae)          # of the weights in this precision
         if any(header["encoder"] != encoder for header in headers.values()):
             if not run.overwrite:
-                raise UserError(f"{cache} was made by another autoencoder than --vae {source}: "
+                raise UserError(f"{cache} was made by another autoencoder than --vae {run.vae}: "
                                 "--overwrite encodes anew")
             headers = {}
     stale_labels = [c for c in all_labels if c not in headers]
@@ -82,7 +83,7 @@ def prepared(data, run):
               leave=False, unit="picture") as bar:
         for c in own_labels:
             moments = encode_with_mirror(vae, parts[c].read().images, bar)
-            header = {**expected[c], "source": source_name(source), "encoder": encoder,
+            header = {**expected[c], "source": source, "encoder": encoder,
                       "skipped": len(parts[c].files) - len(moments)}
             files.save_tensors(paths[c], {"moments": moments}, header)
     processes.barrier(patient=True)                             # shares take unequal times
@@ -95,9 +96,18 @@ def prepared(data, run):
 # 2. The cache of latents on disk
 
 
-def source_name(source):
-    """The encoder's name in settings: "published" for ema and mse, which share it; else the file's name."""
-    return "published" if source in autoencoder.PUBLISHED else pathlib.Path(source).name
+def encodes_in_bf16(run):
+    """Whether pictures are encoded in bfloat16: as --bf16 says, else where it is faster."""
+    return run.in_bf16(autoencoder.WIDTHS[-1])
+
+
+def encoder_name(run):
+    """The encoder's name in settings: "published" for ema and mse, which share it; else the file's name.
+
+    It says where the encoder works in bfloat16: such latents are others.
+    """
+    name = "published" if run.vae in autoencoder.PUBLISHED else pathlib.Path(run.vae).name
+    return name + " in bfloat16" * encodes_in_bf16(run)
 
 
 def valid_headers(paths, expected, parts):
@@ -132,13 +142,13 @@ def cached_moments(path, part):
     return tensors["moments"]
 
 
-def encode_with_mirror(vae, images, bar, chunk=8):
+def encode_with_mirror(vae, images, bar):
     """(N, 3, H, W) uint8 -> (N, 2, 8, h, w) float16 on the CPU: mean and logvar, as they are and mirrored.
 
-    bar: a tqdm that counts the pictures.
+    bar: a tqdm that counts the pictures. A CPU is fastest with one picture at a time.
     """
     device, rows = next(vae.parameters()).device, []
-    for part in images.split(chunk):
+    for part in images.split(1 if device.type == "cpu" else 8):
         x = imageset.to_float(part.to(device))
         sides = [torch.cat(vae.encode(side), dim=1) for side in (x, x.flip(3))]  # (b, 8, h, w)
         rows.append(torch.stack(sides, dim=1).half().cpu())                 # (b, 2, 8, h, w)

@@ -86,7 +86,7 @@ def new_base(data, path, run, network=None, steps=None, weights=None):
     if plan.steps == 0:
         return uvit.import_weights(data, initial, path, run)
     settings = {**config, **plan._asdict(), "data": imageset.fingerprint(data.train),
-                "encoder": latents.source_name(run.vae) if data.recipe.latents else None,
+                "encoder": latents.encoder_name(run) if data.recipe.latents else None,
                 **({"weights": files.fingerprint(initial.tensors)} if initial else {})}
     if checkpoint.finished(path, settings, run.overwrite):
         return None
@@ -133,7 +133,7 @@ def new_tuned(args, run, data, phase, base, path):
                 "base": base_header["fingerprint"], "lambda_r": args.lambda_r, "lambda_d": args.lambda_d,
                 "memory": args.memory, "slots": args.slots, "z_hat": args.z_hat,
                 "criterion": args.criterion, "tune": args.tune, "processes": processes.world(),
-                "encoder": latents.source_name(run.vae) if recipe.latents else None}
+                "encoder": latents.encoder_name(run) if recipe.latents else None}
     if checkpoint.finished(path, settings, run.overwrite):
         return None
     examples = latents.prepared(data, run)
@@ -181,7 +181,7 @@ def new_student(args, run, data, base, path, fixed):
                 "teacher": teacher_header["weights"], "lambda": args.weight, "adversarial": args.adversarial,
                 "features": args.features if args.adversarial else None, "t_star": args.t_star, **fixed,
                 "processes": processes.world(),
-                "encoder": latents.source_name(run.vae) if data.recipe.latents else None}
+                "encoder": latents.encoder_name(run) if data.recipe.latents else None}
     if checkpoint.finished(path, settings, run.overwrite):
         return None
     examples, student = latents.prepared(data, run), copy.deepcopy(teacher)

@@ -48,7 +48,7 @@ def modes_of(data, run, count):
         raise UserError(f"--modes {count} is more than a class has training images, which is {fewest}")
     path = pathlib.Path("out", data.name, f"modes-{count}-seed{run.seed}.safetensors")
     settings = {"data": imageset.fingerprint(data.train), "size": data.recipe.size,
-                "encoder": latents.source_name(run.vae) if data.recipe.latents else None}
+                "encoder": latents.encoder_name(run) if data.recipe.latents else None}
     examples = latents.prepared(data, run)
 
     def make():
