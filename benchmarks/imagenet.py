@@ -5,10 +5,11 @@
     python benchmarks/imagenet.py --picture PICTURE --vae ema       # the autoencoder's PSNR; not measured
 
 Prints the matrix product; sampling with guidance at 10 and 50 steps, decoding included; a fine-tuning step
-from the latent cache and with the autoencoder in the loop, what the min-max losses cost of it, and on a GPU
-the peak memory. Operations are counted by torch's own flop counter (with --recompute the repeated ones, too).
-What is not in the sampling figure: the PNG files. Appends a row to --out. With --picture it measures how well
-the published autoencoder reproduces a picture, in place of speed, and writes both to out/vae.png.
+from the latent cache and with the autoencoder in the loop, what the min-max losses cost of it, on a GPU the
+peak memory, and what the cache itself costs. Operations are counted as in throughput.py (with --recompute the
+repeated ones, too). What is not in the sampling figure: the PNG files. Appends a row to --out. With --picture
+it measures how well the published autoencoder reproduces a picture, in place of speed, and writes both to
+out/vae.png.
 """
 import json
 import pathlib
@@ -17,6 +18,7 @@ import time
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -106,6 +108,10 @@ def tuning(args, recipe, device, vae, product, bf16):
         vae.encode(pictures)
         next(loop)
     slow = seconds(with_pictures, device, rounds=3, least=1.)
+    as_read = torch.randint(256, (B, 3, recipe.pixels, recipe.pixels), dtype=torch.uint8)
+    encoding = seconds(lambda: latents.encode_with_mirror(vae, as_read, tqdm(disable=True)), device,
+                       rounds=3, least=1.) / B                  # a picture and its mirror image, once
+    with_cache, without = encoding + recipe.tune_epochs * cached / B, recipe.tune_epochs * slow / B
     print(f"fine-tuning, batch {B}, from the cache | {1 / cached:.2f} steps/s | "
           f"{done / cached / 1e12:.2f} TFLOP/s, {100 * done / cached / product:.0f} % of the matrix product"
           + (f" | peak memory {peak:.1f} GiB" if peak else ""))
@@ -113,8 +119,12 @@ def tuning(args, recipe, device, vae, product, bf16):
           f"({len(set(labels))} classes in the batch)")
     print(f"the autoencoder in the loop, as precise as fine-tuning | {1 / slow:.2f} steps/s: "
           f"the cache is {slow / cached:.1f} times faster")
+    print(f"making the cache | {encoding:.3f} s a picture, both flips | with it, {recipe.tune_epochs} epochs "
+          f"take {with_cache:.2f} s a picture in place of {without:.2f}: "
+          f"{without / with_cache:.1f} times faster")
     return {"steps_per_second": 1 / cached, "share": done / cached / product, "losses_share": added / cached,
-            "cache_gain": slow / cached, "peak_gib": peak}
+            "cache_gain": slow / cached, "encoding_seconds": encoding, "run_gain": without / with_cache,
+            "peak_gib": peak}
 
 
 def psnr(a, b):
