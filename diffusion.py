@@ -17,13 +17,13 @@ Xie et al. 2023 (DiffFit).
 import functools
 import math
 import pathlib
+from collections import OrderedDict
 from typing import NamedTuple
 
 import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
@@ -97,9 +97,9 @@ def cos_sin(positions, dim):
 
 def position_table(grid, dim):
     """Fixed embedding of a (grid, grid) map: (1, grid * grid, dim); the column's half first, sines first."""
-    row, column = torch.meshgrid(2 * [torch.arange(grid, dtype=torch.float64)], indexing="ij")  # (grid, grid)
+    row, column = torch.meshgrid(2 * [torch.arange(grid, dtype=torch.float64, device="cpu")], indexing="ij")
     halves = [torch.cat(cos_sin(place.flatten(), dim // 2)[::-1], dim=1) for place in (column, row)]
-    return torch.cat(halves, dim=1).float().unsqueeze(0)
+    return torch.cat(halves, dim=1).float().unsqueeze(0).to(torch.get_default_device())     # perhaps meta
 
 
 def rescale(x, gamma):
@@ -153,7 +153,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, difffit)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width, act_layer=functools.partial(nn.GELU, approximate="tanh"))
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU("tanh"),
+                                             fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.gamma1 = nn.Parameter(torch.ones(width)) if difffit else None
         self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
@@ -192,7 +193,7 @@ class DiT(nn.Module):
         super().__init__()
         depth, width, heads = SIZES[network]
         self.patch, self.grid = patch, size // patch
-        self.x_embedder = PatchEmbed(size, patch, channels, width)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(position_table(self.grid, width), requires_grad=False)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
@@ -210,7 +211,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x, t, y):
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed      # (B, N, D)
+        x = self.x_embedder.proj(x.to(self.x_embedder.proj.weight.dtype))   # (B, D, H / p, W / p)
+        x = rearrange(x, "B D h w -> B (h w) D") + self.pos_embed           # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)         # (B, D)
         for block in self.blocks:                                           # (B, N, D)
             x = gradient_checkpoint(block, x, c, use_reentrant=False) if self.recompute else block(x, c)

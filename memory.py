@@ -15,47 +15,44 @@ embedding is a flattened image x_0 in [-1, 1] (its latent, in the papers) or a o
 import math
 
 import torch
-import torch.nn.functional as F
 
 from nanodd import cli, running
 from nanodd.errors import UserError, at_least
 
 # ----------------------------------------------------------------------------------------------------
-# 1. The rules: which of m entries stay, (m, D) -> (min(m, slots), D), in order of arrival
+# 1. The rules: which of the m entries of a class stay, as their positions (min(m, slots),), oldest first
 #
-# seen: how many entries of the class were ever pushed. rng: a torch.Generator on the CPU, new for every push.
-# No rule here reads these two; the rule in docs/change_one_thing/random.diff does.
+# cosines(): the cosine similarities of all pairs of entries, (m, m) float64. seen: how many entries of the
+# class were ever pushed. rng: a torch.Generator on the CPU, new for every push. No rule here reads the last
+# two; the rule in docs/change_one_thing/random.diff does.
 
 
-def keep_newest(entries, slots, seen, rng):
+def keep_newest(m, slots, cosines, seen, rng):
     """Keeps the newest entries: first in, first out. slots >= 1."""
-    return entries[-slots:]
+    return torch.arange(max(0, m - slots), m)
 
 
-def drop_by_similarity(entries, slots, most):
+def drop_by_similarity(m, slots, cosines, most):
     """Drops entries of the largest (most=True) or smallest summed cosine to the others until `slots` remain.
 
     The sums are computed anew after each drop; otherwise both of two equal entries would be dropped. They are
     rounded, so that equal entries tie in spite of rounding errors, and of a tie the oldest entry is dropped.
     """
-    if len(entries) <= slots:
-        return entries
-    x = entries.cpu() if entries.device.type == "mps" else entries          # MPS has no float64
-    unit = F.normalize(x.double(), dim=1)                                   # (m, D)
-    similarity = unit @ unit.T                                              # (m, m)
-    dropped = torch.zeros(len(entries), dtype=torch.bool, device=unit.device)
-    for _ in range(len(entries) - slots):                       # no .item(), which would wait for a GPU
+    if m <= slots:
+        return torch.arange(m)
+    similarity = cosines()                                                  # (m, m)
+    dropped = torch.zeros(m, dtype=torch.bool, device=similarity.device)
+    for _ in range(m - slots):                                  # no .item(), which would wait for a GPU
         degree = (similarity * ~dropped).sum(dim=1).round(decimals=9)       # (m,)
         degree = (degree if most else -degree).masked_fill(dropped, -math.inf)
         dropped.index_fill_(0, degree.argmax(dim=0, keepdim=True), True)    # of a tie the first, the oldest
-    index = dropped.int().argsort(stable=True)[:slots]          # (slots,): where False, in order of arrival
-    return entries[index.to(entries.device)]
+    return dropped.int().argsort(stable=True)[:slots]           # where False, in order of arrival
 
 
 RULES = {
     "fifo": keep_newest,
-    "max": lambda entries, slots, seen, rng: drop_by_similarity(entries, slots, most=True),
-    "min": lambda entries, slots, seen, rng: drop_by_similarity(entries, slots, most=False),
+    "max": lambda m, slots, cosines, seen, rng: drop_by_similarity(m, slots, cosines, most=True),
+    "min": lambda m, slots, cosines, seen, rng: drop_by_similarity(m, slots, cosines, most=False),
 }
 
 
@@ -82,6 +79,7 @@ class Memory:
     def __init__(self, slots, rule, seed=0):
         self.slots, self.keep, self.seed = slots, RULES[rule], seed
         self.entries, self.seen = {}, {}                        # {label: (m, D)}, {label: pushed so far}
+        self.products = {}                                      # {label: (m, m)}, where a rule asked for it
 
     def get(self, label):
         """(m, D), m <= slots, or None where nothing of the class was ever pushed."""
@@ -91,16 +89,28 @@ class Memory:
         """Appends items (n, D), then drops entries by the rule, which may drop a new entry first."""
         items, earlier = items.detach(), self.get(label)
         entries = items if earlier is None else torch.cat([earlier, items])             # (m + n, D)
-        self.seen[label] = self.seen.get(label, 0) + len(items)
-        seed = (self.seed * 1_000_003 + label) * 1_000_003 + self.seen[label]
+        self.seen[label] = seen = self.seen.get(label, 0) + len(items)
+        seed = (self.seed * 1_000_003 + label) * 1_000_003 + seen
         rng = torch.Generator().manual_seed(seed % 2**32)       # so that a resumed run draws the same numbers
-        self.entries[label] = self.keep(entries, self.slots, self.seen[label], rng).clone()     # not a view
+        kept = self.keep(len(entries), self.slots, lambda: self.cosines(label, entries), seen, rng)
+        self.entries[label] = entries.index_select(0, kept.to(entries.device))
+        if label in self.products:
+            self.products[label] = self.products[label][kept][:, kept]
+
+    def cosines(self, label, entries):
+        """The cosines of all pairs of entries (m, D): (m, m) float64; products of earlier ones are known."""
+        x = (entries.cpu() if entries.device.type == "mps" else entries).double()   # MPS has no float64
+        known = self.products.get(label, x.new_empty(0, 0))                 # (k, k)
+        new = x[len(known):] @ x.T                                          # (m - k, m)
+        self.products[label] = products = torch.cat([torch.cat([known, new[:, :len(known)].T], dim=1), new])
+        norm = products.diagonal().sqrt().clamp(min=1e-12)                  # (m,)
+        return products / (norm[:, None] * norm)
 
     def state_dict(self):
         return {"entries": dict(self.entries), "seen": dict(self.seen)}
 
     def load_state_dict(self, state):
-        self.entries, self.seen = dict(state["entries"]), dict(state["seen"])
+        self.entries, self.seen, self.products = dict(state["entries"]), dict(state["seen"]), {}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     DDIM  x_prev = sqrt(abar_prev) x0_hat + sqrt(1 - abar_prev - sigma^2) eps_hat + sigma noise
     DDPM: nanodd/networks/ddpm.py             DPM-Solver and DPM-Solver++(2M): nanodd/sampling/solvers.py
 
-    python sample.py --steps 10                  # 100 digits: 6 s on two CPU cores, most of it start-up
+    python sample.py --steps 10                  # 100 digits: 3 s on two CPU cores, most of it start-up
     python sample.py --steps 10 --seconds 10     # as many as ten seconds allow; or --steps auto
     python sample.py --modes --grid uniform      # each image pulled towards a k-means centre of its class
     python sample.py --checkpoint out/digits/turbo.safetensors --out out/digits/turbo   # turbo.py's, one step

@@ -201,8 +201,8 @@ def judged(source, ipc, protocol, run, pilots=False):
         held = datasets.split(found.train, .2)[1].to(run.device)
         found = found._replace(test=held, cut="tested on a fifth of the training images")
     bf16 = protocol == "short" and cli.gains_from_bf16(run.device)
-    row = evaluate(source, found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0,
-                   epochs=run.scale.epochs, bf16=bf16, keep=run.home / "judges")
+    [row] = evaluate([(source, 0)], found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0,
+                     epochs=run.scale.epochs, bf16=bf16, keep=run.home / "judges")
     line = f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 {source}"
     return {**row, "command": line + (f" --ipc {ipc}" if ipc else "")}
 

@@ -53,7 +53,7 @@ def budget_row(steps, seconds, data, bf16):
     draw = (f"python sample.py --steps {steps} --seconds {seconds} --guidance 1 --out {out} "
             "--checkpoint out/bench/tuned/minimax.safetensors" + " --batch 20" * (seconds == SHORT_BUDGET))
     type_in(draw)
-    row = evaluate(f"{out}/distilled", data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
+    [row] = evaluate([(f"{out}/distilled", 0)], data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
     record = json.loads(pathlib.Path(out, "distilled.json").read_text())
     decision = pathlib.Path(out, "steps.json")
     pilots = {"pilots": json.loads(decision.read_text())["rows"]} if decision.exists() else {}

@@ -191,8 +191,9 @@ def sets_row(tune, flags, data, bf16, compare, runs=PAIRS):
 def real_row(source, ipc, pool, bf16, compare):
     """Judges of real images: a row of train_eval.py. pool: baselines.Pool."""
     command = f"python train_eval.py {source} --metrics" + (f" --ipc {ipc}" if ipc else "")
-    return {**evaluate(source, pool.data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16, pool=pool, compare=compare),
-            "command": command}
+    [row] = evaluate([(source, 0)], pool.data, ipc=ipc, runs=RUNS, seed=0, bf16=bf16, pool=pool,
+                     compare=compare)
+    return {**row, "command": command}
 
 
 def random_sets(data, runs):
@@ -213,7 +214,7 @@ def expanded_row(data, bf16, compare):
     draw = f"python sample.py --checkpoint {checkpoint} --guidance 1 --ipc 100 --out out/bench/hundred"
     type_in(draw)
     source = "full+out/bench/hundred/distilled"
-    row = evaluate(source, data, ipc=100, runs=RUNS, seed=0, bf16=bf16, compare=compare)
+    [row] = evaluate([(source, 0)], data, ipc=100, runs=RUNS, seed=0, bf16=bf16, compare=compare)
     return {**row, "command": f"{tuning}; {draw}; python train_eval.py {source} --ipc 100 --metrics"}
 
 

@@ -85,7 +85,7 @@ def budget_row(tune, flags, seconds, data, bf16):
     draw = (f"python sample.py --checkpoint {path} {flags} --seconds {seconds:g} --npz --out {out}"
             + " --batch 20" * (seconds < 1))                    # ten steps of 100 images are too slow for it
     type_in(draw)
-    row = evaluate(f"{out}/distilled.npz", data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
+    [row] = evaluate([(f"{out}/distilled.npz", 0)], data, ipc=None, runs=RUNS, seed=0, bf16=bf16)
     record = json.loads(pathlib.Path(out, "distilled.json").read_text())
     return {**row, "train": "distilled", "drawn": round(record["seconds"], 2),
             "command": "; ".join(filter(None, [tuning, draw, f"python train_eval.py {out}/distilled.npz"]))}

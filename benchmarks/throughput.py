@@ -1,36 +1,40 @@
 """How fast the parts are, as shares of what this machine's matrix product reaches in the same run.
 
-    python benchmarks/throughput.py        # under 4 minutes on two CPU cores
+    python benchmarks/throughput.py        # some 8 minutes on two CPU cores
 
 Operations are those of the products, counted by torch's flop counter, to which the CPU's attention is added.
 Prints a line each for the matrix product; the tiny DiT's training step; the min-max losses' share of a step
 of fine-tuning (of all weights); a sampling step; augmentation's share of a judge's step; five judges side by
 side against one by one; and the forward passes of CIFAR-100's DiT-S/2 and U-ViT-S/2, in bfloat16 where the
-machine gains from it.
+machine gains from it. Then, on a CPU, what each speed-up of docs/speed.md makes of it: the time without it,
+the time with it, and their ratio, measured in turns.
 """
 import functools
 import math
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
 from convnet import ConvNet
 import diffusion
+import memory
 from diffusion import DiT, Schedule
 from minimax import MinMax, tune
 from nanodd import cli, running
 from nanodd.data import datasets
-from nanodd.judging import augment
+from nanodd.judging import augment, judges
 from nanodd.networks import training, uvit
-from sample import guided
-from train_eval import dsa, train_judges
+from sample import guided, image_noise, sampler_of
+from train_eval import dsa, train_judges, train_rows
 
 
 def seconds(work, device, rounds=7, least=0.3):
@@ -97,16 +101,27 @@ def measure(device):
     diffusing(recipe, train, rows, product, device)
     judging(recipe, train, device)
     forwards(device)
+    if device.type == "cpu":
+        before_and_after(recipe, train, rows)
+
+
+def tiny(recipe, device):
+    """The digits' network, its schedule and its plan."""
+    plan = training.Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0,
+                         flip=False)
+    return DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device), Schedule(device), plan
 
 
 def diffusing(recipe, examples, rows, product, device):
     """The digits' network: a training step, the min-max losses, a sampling step."""
-    model, schedule = DiT(recipe.network, recipe.size, recipe.patch, 1, 10).to(device), Schedule(device)
-    plan = training.Plan(steps=10**6, batch=recipe.batch, lr=1e-4, decay=False, ema=recipe.ema, seed=0,
-                         flip=False)
+    model, schedule, plan = tiny(recipe, device)
     state = examples, rows, schedule
-    loop = diffusion.train(training.Trainer(model, plan), *state)
-    step, done = seconds(lambda: next(loop), device), flops(lambda: next(loop))
+    trainer = training.Trainer(model, plan)
+    loop = diffusion.train(trainer, *state)
+    step = seconds(lambda: next(loop), device)
+    trainer.close()
+    trainer.halves = None                                       # the counter sees this thread alone
+    done = flops(lambda: next(loop))
     print(f"DiT-tiny training step, batch {plan.batch} | {step * 1e3:.1f} ms | "
           f"{plan.batch / step:.0f} images/s | {done / step / 1e9:.0f} GFLOP/s, "
           f"{100 * done / step / product:.0f} % of the matrix product")
@@ -118,10 +133,12 @@ def diffusing(recipe, examples, rows, product, device):
         labels = examples.labels[training.batch_index(len(examples.labels), plan.batch, k, 0).to(device)]
         with torch.no_grad():
             losses(diffusion.denoising_loss(model, schedule, x0, y, t, eps), x0, labels.tolist())
-    plain = diffusion.train(training.Trainer(model, plan), *state)
-    full = tune(training.Trainer(model, plan), *state, losses)
+    trainers = [training.Trainer(model, plan) for _ in range(2)]
+    plain, full = diffusion.train(trainers[0], *state), tune(trainers[1], *state, losses)
     without, with_losses = seconds(lambda: next(plain), device), seconds(lambda: next(full), device)
     added = with_losses - without
+    for trainer in trainers:
+        trainer.close()
     print(f"min-max losses, FIFO of 64, batch {plan.batch} | {added * 1e3:.1f} ms | "
           f"{100 * added / with_losses:.0f} % of a fine-tuning step of {with_losses * 1e3:.1f} ms")
 
@@ -175,6 +192,127 @@ def forwards(device):
         print(f"{name} forward, 16 images of 32 pixels{', bf16' * bf16} | {16 / call:.1f} images/s | "
               f"{done / call / 1e9:.0f} of {product / 1e9:.0f} GFLOP/s, {100 * done / call / product:.0f} % "
               "of the matrix product")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Each speed-up: without it, with it
+
+
+def in_turns(title, without, with_it, unit="ms", rounds=7, least=0.3):
+    """Prints the median times of two functions, called in turns, and the median ratio of a turn."""
+    cpu, ratios, times = torch.device("cpu"), [], ([], [])
+    for _ in range(rounds):
+        for kept, work in zip(times, (without, with_it), strict=True):
+            kept.append(seconds(work, cpu, rounds=1, least=least))
+        ratios.append(times[0][-1] / times[1][-1])
+    before, after = (statistics.median(kept) * (1e3 if unit == "ms" else 1) for kept in times)
+    print(f"{title} | before {before:.2f} {unit} | after {after:.2f} {unit} | "
+          f"{statistics.median(ratios):.2f} times as fast")
+
+
+def before_and_after(recipe, examples, rows):
+    """One line for each speed-up."""
+    def start(module):
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True,
+                                      cwd=pathlib.Path(__file__).parents[1])
+    everything = "sample, timm.layers, torchvision, sklearn.datasets, torch._dynamo"
+    in_turns("start-up of sample.py, before: with all that other commands import", start(everything),
+             start("sample"), "s", rounds=5, least=0.)
+    in_turns("torch's own import, and that of sample.py", start("torch"), start("sample"), "s", rounds=5,
+             least=0.)
+    training_steps(recipe, examples, rows)
+    remembering()
+    pooling(recipe)
+    compiling(recipe)
+    sets = [examples.pick(torch.arange(k, 100 + k)) for k in range(4)]
+    some = [judges.Row([part] * 5, range(5), 10) for part in sets]
+    train = functools.partial(train_rows, test=sets[0], recipe=recipe, num_evals=1)
+    in_turns("20 judges, row by row and all together", lambda: [list(train([row])) for row in some],
+             lambda: list(train(some)), "s", rounds=3)
+    blocks(recipe)
+
+
+def training_steps(recipe, examples, rows):
+    """The tiny DiT's step, with whole batches and with halves."""
+    model, schedule, plan = tiny(recipe, torch.device("cpu"))
+    whole, halved = (training.Trainer(model, plan) for _ in range(2))
+    whole.halves = None
+    loops = [diffusion.train(trainer, examples, rows, schedule) for trainer in (whole, halved)]
+    in_turns("DiT-tiny training step, whole and in halves",
+             *(functools.partial(next, loop) for loop in loops))
+    halved.close()
+
+
+def remembering():
+    """A push to the self-adaptive memory: all cosines, and those of the new entry."""
+    def all_cosines(_, entries):
+        unit = F.normalize(entries.double(), dim=1)
+        return unit @ unit.T
+    anew, known = (memory.Memory(64, "max") for _ in range(2))
+    anew.cosines, item = all_cosines, torch.randn(1, 4096)
+    for kept in (anew, known):
+        kept.push(0, torch.randn(64, 4096))
+    in_turns("self-adaptive memory, 64 entries of 4,096 numbers", lambda: anew.push(0, item),
+             lambda: known.push(0, item))
+
+
+def judge_step(recipe, size, colours, bf16, pool=None, compiled=False):
+    """A function that makes a step of a ConvNet judge: 100 images of `size` pixels, one thread's work."""
+    judge, labels = ConvNet(size, colours, 10), torch.arange(100) % 10
+    for k, layer in enumerate(judge.features):
+        if pool and isinstance(layer, torch.nn.AvgPool2d):
+            judge.features[k] = pool
+    optimizer = torch.optim.SGD(judge.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    x, network = torch.randn(100, colours, size, size), torch.compile(judge) if compiled else judge
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = network(x).float()
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    return step
+
+
+JUDGES = (("digits", 16, 1), ("CIFAR's", 32, 3))                # pixels, colours
+
+
+def pooling(recipe):
+    """A judge's step with torch's average pooling and with ours."""
+    own = torch.nn.AvgPool2d(2)
+    for name, size, colours in JUDGES:
+        for bf16 in {False, cli.gains_from_bf16(torch.device("cpu"))}:
+            in_turns(f"average pooling in a step of the {name} judge{', bf16' * bf16}",
+                     judge_step(recipe, size, colours, bf16, own), judge_step(recipe, size, colours, bf16),
+                     rounds=5)
+
+
+def compiling(recipe):
+    """A judge's step, compiled and not, and how long the first one takes."""
+    for name, size, colours in JUDGES:
+        bf16 = size == 16 and cli.gains_from_bf16(torch.device("cpu"))
+        step = judge_step(recipe, size, colours, bf16, compiled=True)
+        began = time.perf_counter()
+        try:
+            step()
+        except RuntimeError:                                    # no compiler, ...
+            print("torch.compile fails here")
+            return
+        took = time.perf_counter() - began
+        in_turns(f"compiling the {name} judge{', bf16' * bf16}, in {took:.0f} s",
+                 judge_step(recipe, size, colours, bf16), step, rounds=5)
+
+
+def blocks(recipe):
+    """The digits' sampling, 10 steps: milliseconds an image, by the size of a block."""
+    model, *_ = tiny(recipe, torch.device("cpu"))
+    sampler, times = sampler_of("ddim", 10), []
+    for batch in (10, 25, 50, 100, 200, 400):
+        noise = image_noise(0, [("0", k) for k in range(batch)], (1, recipe.size, recipe.size), "cpu")
+        predict = guided(model.eval(), torch.arange(batch) % 10, 10, 1.0)
+        spent = seconds(functools.partial(sampler, predict, noise), torch.device("cpu"), rounds=5)
+        times.append(f"{batch}: {spent / batch * 1e3:.2f}")
+    print("sampling in 10 steps without guidance, ms an image by --batch | " + " | ".join(times))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ FLAGS = {
                      "autoencoders, fetched once, or a file (default: %(default)s)"),
     "bf16": dict(action=argparse.BooleanOptionalAction,
                  help="bfloat16 arithmetic, one of a run's settings (default: where it is faster)"),
-    "compile": dict(action="store_true",
-                    help="torch.compile the network: slower for a minute, then faster"),
+    "compile": dict(action=argparse.BooleanOptionalAction,
+                    help="torch.compile the network: slower for a minute, then faster (default: only judges "
+                         "on a CPU that will see many images)"),
     "recompute": dict(action="store_true",
                       help="gradient checkpointing: less memory, more work, since the activations of each "
                            "block are computed again in the backward pass"),
@@ -159,6 +160,6 @@ class Run(NamedTuple):
 
 def run_of(args, file, argv=None):
     """The Run of parsed flags; a flag that the stage does not have is off. Raises as device_named does."""
-    flags = {name: getattr(args, name, False) for name in ("overwrite", "compile", "recompute")}
+    flags = {name: bool(getattr(args, name, False)) for name in ("overwrite", "compile", "recompute")}
     return Run(command_line_of(file, argv), device_named(args.device), args.seed, bf16=args.bf16,
                vae=args.vae, **flags)

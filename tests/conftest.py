@@ -28,6 +28,7 @@ import sample
 import train_eval
 from nanodd import files, locks, recipes
 from nanodd.data import archives
+from nanodd.judging import judges
 from nanodd.networks import autoencoder, uvit
 from nanodd.sampling import distilled
 
@@ -104,9 +105,23 @@ def clock(monkeypatch):
     return now
 
 
-def train_judge(images, test, recipe, epochs, seed, **how):
+def train_judge(images, test, recipe, epochs, seed, checkpoint=None, **how):
     """One judge alone: (judge, accuracies), as train_eval.train_judges has them."""
-    return train_eval.train_judges([images], test, recipe, epochs, [seed], **how)[0]
+    row = judges.Row([images], [seed], epochs, checkpoint=checkpoint or judges.JudgeCheckpoint())
+    [([trained], _)] = train_eval.train_rows([row], test, recipe, **how)
+    return trained
+
+
+def evaluate(source, data, pda=0, **how):
+    """The row of a single source."""
+    [row] = train_eval.evaluate([(source, pda)], data, **how)
+    return row
+
+
+def half_right(rows, *args, **how):
+    """In place of train_eval.train_rows: trains nothing, and all judges are right half of the time."""
+    for row in rows:
+        yield [(None, [50.])] * len(row.seeds), 0.
 
 
 def drawn_files(out="out/digits"):

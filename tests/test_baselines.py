@@ -15,7 +15,7 @@ from nanodd import recipes
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError
 from nanodd.judging import baselines, results
-from train_eval import evaluate
+from conftest import evaluate, half_right
 
 
 def generator(seed=0):
@@ -66,7 +66,7 @@ def test_the_score_is_printed_once_both_data_sets_have_their_row(name, home, sco
     """A stand-in for CIFAR-100: digits in colour, and judges that are right half of the time."""
     whole, recipe = datasets.load("digits", recipe="cifar100"), recipes.RECIPES["cifar100"]
     monkeypatch.setattr(datasets, "load", lambda *_: whole._replace(name=name, recipe=recipe))
-    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    monkeypatch.setattr(train_eval, "train_rows", half_right)
     for c in range(10):
         imageset.write_png(tmp_path / "made" / str(c) / "0.png",
                            whole.train.images[whole.train.labels == c][0])
@@ -85,7 +85,7 @@ def test_a_distilled_folder_is_read_once(monkeypatch, tmp_path):
     for c in range(10):
         imageset.write_png(tmp_path / "one" / str(c) / "0.png", train.images[train.labels == c][0])
     monkeypatch.setattr(imageset, "read_set", lambda path, *how: seen.append(str(path)) or real(path, *how))
-    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    monkeypatch.setattr(train_eval, "train_rows", half_right)
     train_eval.main(["one", "one+random"])
     assert seen == ["one"]
 
@@ -129,7 +129,7 @@ def test_labels_survive_the_trip_through_folders(tmp_path, monkeypatch):
 
 
 def test_pda_adds_copies_to_the_named_sources_alone(monkeypatch):
-    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    monkeypatch.setattr(train_eval, "train_rows", half_right)
     train_eval.main(["random", "--ipc", "2", "--pda", "3"])
     rows, scores = read_results()
     assert [(row["train"], row["pda"], row["ipc"], row["images"]) for row in rows] == [

@@ -144,7 +144,7 @@ def test_the_last_rows_keep_to_the_challenges_rules(monkeypatch):
     run = cifar100_rows.Run(scale=full, data_flags="--data cifar100", root=None, device_flags=[], device=None,
                             data=datasets.Data("cifar100", recipe, None, None, ""))
     monkeypatch.setattr(cifar100_rows, "evaluate",
-                        lambda _, data, **how: asked.append((data.recipe, how)) or {})
+                        lambda _, data, **how: asked.append((data.recipe, how)) or [{}])
     row = cifar100_rows.judged("random", 50, "challenge", run)
     (recipe, how), = asked
     assert recipe == recipes.RECIPES["cifar100"] and train_eval.count_epochs(recipe, 5000, 100) == 1001

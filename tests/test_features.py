@@ -10,6 +10,7 @@ import torch
 import train_eval
 from nanodd.data import datasets
 from nanodd.judging import features, metrics, results
+from conftest import evaluate
 
 
 def rows():
@@ -69,7 +70,7 @@ def test_copies_are_not_compared(narrow):
     """--pda's augmented copies are trained on; the metrics are those of the images that were drawn."""
     data = datasets.load()
     compare = lambda sets: {"images": [len(part.labels) for part in sets]}
-    row = train_eval.evaluate("random", data, ipc=2, runs=2, seed=0, epochs=1, pda=3, compare=compare)
+    row = evaluate("random", data, ipc=2, runs=2, seed=0, epochs=1, pda=3, compare=compare)
     assert row["images"] == 80 and row["metrics"]["images"] == [20, 20]
 
 

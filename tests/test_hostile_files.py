@@ -318,7 +318,7 @@ def test_a_damaged_state_of_a_judge_gets_a_sentence(tmp_path):
     judge = torch.nn.Linear(2, 2)
     run = judges.JudgeRun(judge, None, 0, torch.Generator(), torch.Generator())
     checkpoint = judges.JudgeCheckpoint(tmp_path)
-    checkpoint.save(run, 3, torch.optim.SGD(judge.parameters(), lr=.1), [50.0])
+    checkpoint.save(run, 3, torch.optim.SGD(judge.parameters(), lr=.1), [50.0], 1.0)
     path = checkpoint.path(run)
     whole, state = path.read_bytes(), torch.load(path)
     assert checkpoint.restore(run)[0] == 4

@@ -153,7 +153,7 @@ def test_any_damage_is_a_sentence_or_a_picture(kind):
 def test_a_full_memory_is_not_the_pictures_fault(monkeypatch):
     def full(*how):
         raise MemoryError
-    monkeypatch.setattr(imageset.TF, "resize", full)
+    monkeypatch.setattr("torchvision.transforms.functional.resize", full)
     with pytest.raises(MemoryError):
         read(in_bytes(), 8)
 

@@ -68,3 +68,16 @@ def test_no_imports_in_a_circle():
         free = {name for name in above if name not in done and above[name] <= done}
         assert free, f"a circle among {sorted(set(above) - done)}"
         done |= free
+
+
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used():
+    """sample.py starts within a second of torch; that it rebuilds a network, too, needs nothing more."""
+    code = """if True:
+        import sys, memory, convnet, sample
+        from nanodd.networks import checkpoint
+        config = {"network": "tiny", "size": 8, "patch": 2, "channels": 1, "classes": 10}
+        checkpoint.rebuild(config, checkpoint.network_of(**config).state_dict(), "a file")
+        slow = {"torchvision", "sklearn", "timm", "torch._dynamo", "matplotlib"}
+        print(*sorted(slow & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

@@ -14,9 +14,9 @@ import train_eval
 from nanodd import files, recipes
 from nanodd.data import datasets
 from nanodd.errors import UserError
-from nanodd.judging import augment, judges
-from conftest import train_judge
-from train_eval import evaluate, train_judges
+from nanodd.judging import augment, judges, results
+from conftest import evaluate, train_judge
+from train_eval import train_judges
 
 plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 GU = dataclasses.replace(plain, protocol="gu")
@@ -98,8 +98,9 @@ def test_a_row_resumes_with_its_judges_and_adds_its_seconds_up(monkeypatch, tmp_
     assert sum(epochs) >= 3
     other = row("full", keep=tmp_path / "judges")               # another row has a folder of its own
     assert other["seconds"] == 0 and folder.exists()
-    again = row(keep=tmp_path / "judges")
-    assert again["accuracy"] == whole["accuracy"] and again["seconds"] == 1000
+    again, states = row(keep=tmp_path / "judges"), len(epochs)
+    assert again["accuracy"] == whole["accuracy"]
+    assert again["seconds"] == 1000 * states / judges.at_a_time(2)
     assert not folder.exists()
 
 
@@ -179,8 +180,8 @@ def test_nothing_compiles_and_the_judges_train_all_the_same(monkeypatch, capsys)
     monkeypatch.setattr(torch, "compile", fail)
     alone(monkeypatch)
     train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
-    sentence = "--compile does nothing here, as torch.compile fails: No working C++ compiler found\n"
-    assert capsys.readouterr().out.count(sentence) == 1
+    sentence = "judges are not compiled, as torch.compile fails here: No working C++ compiler found\n"
+    assert capsys.readouterr().err.count(sentence) == 1
     assert [json.loads(line)["runs"] for line in open("out/digits/results.jsonl")] == [2]
 
 
@@ -189,12 +190,46 @@ def alone(monkeypatch):
     monkeypatch.setitem(train_eval.PROTOCOLS, "short", train_eval.PROTOCOLS["short"]._replace(baselines=()))
 
 
-def test_what_compiles_is_trained(monkeypatch):
+@pytest.mark.parametrize("flags, pays, expected", [
+    (["--compile"], math.inf, 1 + 2), ([], 2 * 10 * 16**2, 1 + 2),          # a trial and two judges
+    ([], 2 * 10 * 16**2 + 1, 0), (["--no-compile"], 0, 0)])
+def test_judges_are_compiled_where_asked_or_where_they_see_many_pixels(flags, pays, expected, monkeypatch,
+                                                                       capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    monkeypatch.setattr(judges, "PAYS", pays)
     alone(monkeypatch)
-    train_eval.main(["random", "--compile", "--ipc", "1", "--runs", "2", "--epochs", "1"])
-    assert len(compiled) == 1 + 2                                 # a trial and two judges
+    train_eval.main(["random", "--ipc", "1", "--runs", "2", "--epochs", "1", *flags])
+    assert len(compiled) == expected
+    assert ("as they will see 20 images" in capsys.readouterr().err) == bool(expected)
+    row = json.loads(open("out/digits/results.jsonl").readline())
+    assert row["device"].endswith("compiled") == bool(expected)
+
+
+def test_the_last_judge_of_a_row_trains_beside_the_first_of_the_next(two_threads, monkeypatch):
+    """Three rows of three judges, two at a time; the rows come in their order, with judges of their own."""
+    at_once, together, step = set(), [], torch.optim.SGD.step
+
+    def note(self, *how):
+        at_once.add(threading.get_ident())
+        together.append(len(at_once))
+        return step(self, *how)
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+    trains = three_sets()
+    rows = [judges.Row([part] * 3, [0, 1, 2], 2, str(k)) for k, part in enumerate(trains)]
+    done = [judged for judged, _ in train_eval.train_rows(rows, trains[0], plain)]
+    assert len(at_once) == 2 and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    alone = [[train_judge(part, trains[0], plain, 2, seed) for seed in range(3)] for part in trains]
+    assert [[curve for _, curve in row] for row in done] == [[curve for _, curve in row] for row in alone]
+
+
+def test_a_table_that_cannot_be_written_ends_its_judges(two_threads, monkeypatch, sentence):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(results, "append_row", full)
+    assert "No space left" in sentence(train_eval.main, "random", "--ipc", "1", "--runs", "1")
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 
 
 def test_a_judge_whose_loss_is_not_finite_is_no_row(monkeypatch):

@@ -38,6 +38,21 @@ def test_self_adaptive_memory_drops_the_most_similar(policy):
         assert torch.equal(kept.get(0), reference)
 
 
+def test_known_products_are_those_of_the_entries_after_hundreds_of_pushes():
+    kept, labels = Memory(64, "max"), torch.randint(3, (260,)).tolist()
+    for label in labels:
+        kept.push(label, torch.randn(int(torch.randint(1, 9, ())), 16))
+    for label in set(labels):
+        entries = kept.get(label).double()
+        assert torch.allclose(kept.products[label], entries @ entries.T, atol=1e-9)
+    again = Memory(64, "max")
+    again.load_state_dict(kept.state_dict())                      # which has no products
+    assert not again.products and set(kept.state_dict()) == {"entries", "seen"}
+    for memory_of in (kept, again):
+        memory_of.push(labels[0], torch.ones(5, 16).cumsum(0))
+    assert torch.equal(kept.get(labels[0]), again.get(labels[0]))
+
+
 def test_of_two_equal_entries_the_older_goes():
     kept = Memory(3, "max")
     kept.push(0, torch.tensor([[-1., 0.], [1., 0.], [.1, 0.], [0., 1.]]))  # summed cosines -1, 1, 1, 1
@@ -64,9 +79,9 @@ def test_memory_holds_no_gradients_and_survives_a_save(tmp_path):
 def test_a_rule_gets_what_was_ever_pushed_and_random_numbers_that_resume(monkeypatch):
     calls = []
 
-    def spy(entries, slots, seen, rng):
-        calls.append((len(entries), seen, int(torch.randint(10**9, (), generator=rng))))
-        return entries[:slots]
+    def spy(m, slots, cosines, seen, rng):
+        calls.append((m, seen, int(torch.randint(10**9, (), generator=rng))))
+        return torch.arange(min(m, slots))
     monkeypatch.setitem(memory.RULES, "spy", spy)
     whole, cut = Memory(3, "spy", seed=1), Memory(3, "spy", seed=1)
     for _ in range(4):

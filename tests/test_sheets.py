@@ -156,7 +156,7 @@ def test_a_phase_has_a_sheet_of_its_own():
 
 def test_without_guidance_there_is_no_unconditional_call():
     start, calls = new_start(), []
-    start.trainer.model.x_embedder.register_forward_hook(lambda *_: calls.append(0))
+    start.trainer.model.x_embedder.proj.register_forward_hook(lambda *_: calls.append(0))
     no_null = torch.cat([start.rows[:-1], torch.tensor([-1])])  # as of published U-ViT weights
     for guidance, rows, wanted in ((2.0, start.rows, 20), (1.0, start.rows, 10), (2.0, no_null, 10)):
         calls.clear()

@@ -14,9 +14,9 @@ import convnet
 import train_eval
 from nanodd import cli, recipes
 from nanodd.data import datasets, imageset
-from nanodd.judging import augment, gu
-from conftest import train_judge
-from train_eval import count_epochs, evaluate
+from nanodd.judging import augment, gu, judges
+from conftest import evaluate, half_right, train_judge
+from train_eval import count_epochs
 
 plain = dataclasses.replace(recipes.RECIPES["digits"], augment="crop")
 GU = dataclasses.replace(plain, protocol="gu")
@@ -79,7 +79,8 @@ def test_the_challenge_draws_all_six_families_whatever_the_recipe_names(monkeypa
 def test_a_protocol_says_how_many_judges_a_row_has_and_of_how_many_bits(monkeypatch):
     """The challenge's judges work in float32 unless told otherwise."""
     monkeypatch.setattr(cli, "gains_from_bf16", lambda _: True)
-    monkeypatch.setattr(train_eval, "train_judges", lambda *p, **_: [(None, [50.]) for _ in p[4]])
+    monkeypatch.setattr(train_eval, "train_rows", half_right)
+    monkeypatch.setattr(judges, "compiles", lambda *_: False)
     for more in ([], ["--protocol", "challenge"], ["--protocol", "challenge", "--bf16", "--epochs", "2"]):
         train_eval.main(["random", "--ipc", "1", *more])
     rows = read_results()[0]
@@ -194,8 +195,8 @@ def test_a_row_says_everything(narrow):
 
 def test_runs_of_two_seeds_share_no_judge(monkeypatch):
     seeds = []
-    monkeypatch.setattr(train_eval, "train_judges",
-                        lambda *p, **_: seeds.extend(p[4]) or [(None, [50.]) for _ in p[4]])
+    monkeypatch.setattr(train_eval, "train_rows",
+                        lambda rows, *how, **_: seeds.extend(rows[0].seeds) or half_right(rows))
     for seed in (0, 1):
         evaluate("random", datasets.load("digits"), ipc=1, runs=5, seed=seed)
     assert len(set(seeds)) == 10

@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from nanodd import processes
 from nanodd.data import imageset
@@ -37,7 +36,7 @@ SUBSETS = {
     "imagenet100": IMAGENET100,
     "imagenet": None,                                           # all 1,000, sorted
 }
-CIFARS = {"cifar10": (CIFAR10, "CIFAR-10", 10), "cifar100": (CIFAR100, "CIFAR-100", 100)}
+CIFARS = {"cifar10": ("CIFAR10", "CIFAR-10", 10), "cifar100": ("CIFAR100", "CIFAR-100", 100)}
 
 
 def imagenet_classes():
@@ -64,7 +63,9 @@ def cifar(name, root, recipe, skip_broken=False):
     Returns (train, test, the split in words): two ImageSets of the recipe's size and channels. Raises
     UserError as cifar_archive and imageset.split_folders, or where images in folders are not 32x32.
     """
+    from torchvision import datasets                            # a slow import: only where it is needed
     source, title, count = CIFARS[name]
+    source = getattr(datasets, source)
     home = pathlib.Path(root or pathlib.Path(torch.hub.get_dir(), "datasets"))
     home = home.parent if home.name == source.base_folder else home
     if (home / "train").is_dir():

@@ -7,9 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torchvision.transforms import functional as TF
 
 from nanodd import recipes
 from nanodd.data import archives, imageset
@@ -134,6 +131,7 @@ def split(whole, fraction):
 
     Raises UserError where a class has a single image, or `fraction` of all holds fewer images than classes.
     """
+    from sklearn.model_selection import train_test_split        # a slow import: only where it is needed
     rarest = int(whole.labels.bincount().argmin())
     if (whole.labels == rarest).sum() < 2:
         raise UserError(f"the class {whole.classes[rarest]} has one image only: two are needed, to hold one "
@@ -154,6 +152,8 @@ def digits(recipe):
     They are brought to the recipe's size and channels. Returns a fixed 70/30 split, two ImageSets: 1,257
     images to train on and 540 to test.
     """
+    from sklearn.datasets import load_digits                    # a slow import: only where it is needed
+    from torchvision.transforms import functional as TF
     bunch = load_digits()
     images = torch.from_numpy(bunch.images * (255 / 16)).unsqueeze(1)       # (1797, 1, 8, 8) in 0..255
     images = TF.resize(images, recipe.size, TF.InterpolationMode.BICUBIC).clamp(0, 255).round()

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as TF
 
 from nanodd import files
 from nanodd.data import npz, pictures
@@ -152,33 +151,38 @@ def open_image(path, size=None, channels=3):
         if channels is not None or image.mode not in ("L", "RGB"):
             image = image.convert("L" if channels == 1 else "RGB")
         if size and image.size != (size, size):
-            image = cut_strip(image, image.height, image.width)
-            image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC), size)
-        return TF.pil_to_tensor(image)                                      # (C, H, W)
+            image = to_square(image, size, image.height, image.width)
+        pixels = torch.from_numpy(np.array(image))                          # (H, W) or (H, W, 3)
+        return pixels.view(*pixels.shape[:2], -1).permute(2, 0, 1)          # (C, H, W)
 
 
-def cut_strip(images, height, width):
-    """Centre-crops images of a side over 16 times the other: resized whole, 60000x1 pixels would be 16 GB."""
+def to_square(images, size, height, width):
+    """A PIL image, or (N, C, height, width), resized (bicubic) and centre-cropped to (size, size).
+
+    A side over 16 times the other is cut first: resized whole, 60000x1 pixels would be 16 GB.
+    """
+    from torchvision.transforms import functional as TF         # a slow import: only where it is needed
     longest = 16 * min(height, width)
-    if max(height, width) <= longest:
-        return images
-    return TF.center_crop(images, [min(height, longest), min(width, longest)])
+    if max(height, width) > longest:
+        images = TF.center_crop(images, [min(height, longest), min(width, longest)])
+    return TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
 
 
 def write_png(path, image, chunks=None):
     """(C, H, W) uint8 -> a PNG file, written atomically. chunks: its text, a PIL.PngImagePlugin.PngInfo."""
     with files.atomic_write(path) as temporary:
-        TF.to_pil_image(image).save(temporary, format="PNG", pnginfo=chunks)
+        pixels = image.permute(1, 2, 0).squeeze(2).numpy()                  # (H, W) or (H, W, 3)
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
 
 
 def resize_and_crop(images, size, channels):
     """uint8 (N, 1 or 3, H, W) -> (N, channels, size, size), centre-cropped; size None keeps the size."""
     if images.shape[1] > channels:
+        from torchvision.transforms import functional as TF
         images = TF.rgb_to_grayscale(images)
     images = images.expand(-1, channels, -1, -1)
     if size and tuple(images.shape[2:]) != (size, size):
-        images = cut_strip(images, *images.shape[2:])
-        images = TF.center_crop(TF.resize(images, size, TF.InterpolationMode.BICUBIC), size)
+        images = to_square(images, size, *images.shape[2:])
     return images
 
 

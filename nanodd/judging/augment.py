@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import InterpolationMode, resize
 
 from nanodd.data import imageset
 
@@ -52,6 +51,7 @@ def resized(images, size):
     """uint8 (N, C, H, W), square -> uint8 (N, C, size, size), bicubic."""
     if images.shape[-1] == size:
         return images
+    from torchvision.transforms.functional import InterpolationMode, resize
     return torch.cat([resize(part, size, InterpolationMode.BICUBIC) for part in images.split(1024)])
 
 

@@ -7,11 +7,10 @@ import math
 import os
 
 import torch
-from sklearn.cluster import KMeans
 
 from nanodd.data import imageset
 from nanodd.errors import UserError
-from nanodd.judging import augment
+from nanodd.judging import augment, judges
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Selections: ipc images a class, out of the real ones
@@ -76,6 +75,7 @@ def choose_kcenter(features, ipc, rng):
 
 def kmeans(train, ipc, features, rng):
     """k-means on the pixels of each class: the images are the centroids, which average real images."""
+    from sklearn.cluster import KMeans                          # a slow import: only where it is needed
     images = []
     for c in range(len(train.classes)):
         members = train.pick(train.labels == c).read()
@@ -182,6 +182,24 @@ class Pool:
             sets.append(augment.with_copies(images, pda, self.data.recipe, rng) if pda else images)
         return sets
 
+    def row(self, source, pda, ipc, seeds, count_epochs, settings, compare=None):
+        """The judges.Row of a source, which is yet to be trained; see training_set and training_sets.
+
+        seeds: of the judges; random sets: 500 higher. count_epochs: (recipe, images, classes) -> epochs.
+        settings: where stopped judges are saved (None: nowhere), bf16, compiled. compare: as in
+        features.comparison, or None.
+        """
+        began, recipe = judges.clock(), self.data.recipe
+        sets = self.training_sets(source, ipc, pda, [seed + 500 for seed in seeds])
+        images, (keep, *how) = len(sets[0].labels), settings
+        epochs = count_epochs(recipe, images, len(sets[0].classes))
+        checkpoint = judges.checkpoint_of(keep, sets, self.data.test, source, recipe, epochs, seeds, *how)
+        chosen_in = judges.clock() - began
+        originals = [part.pick(slice(images // (1 + pda))) for part in sets]
+        metrics = compare(originals) if compare else None
+        trains = sets if len(sets) == len(seeds) else sets * len(seeds)     # one that is not random: for all
+        return judges.Row(trains, seeds, epochs, source, checkpoint, pda, chosen_in, metrics)
+
 
 def plan_rows(sources, pda, ipc, pool, home, always, remedy):
     """What the rows of a table are trained on: ([(source, augmented copies)], images per class).
@@ -206,7 +224,8 @@ def plan_rows(sources, pda, ipc, pool, home, always, remedy):
                                 f"one of {', '.join(SELECTORS)}")
             ipc = ipc or int(pool.distilled(part).labels.bincount().min())
             first_per_class(pool.distilled(part), ipc, part)    # raises now where there are too few
-        rows.append(("+".join(parts), pda))
+        if ("+".join(parts), pda) not in rows:                  # one that is named twice is one row
+            rows.append(("+".join(parts), pda))
     ipc, train = ipc or 10, pool.data.train
     if any(part in SELECTORS for source in sources for part in source.split("+")):
         first_per_class(train, ipc)

@@ -21,6 +21,24 @@ def norm(channels):
     return nn.GroupNorm(channels, channels)
 
 
+class AvgPool(nn.AvgPool2d):
+    """2x2 average pooling, (B, C, H, W) -> (B, C, H // 2, W // 2), for small images on a CPU as a product.
+
+    A matrix of quarters, (2W, W / 2), averages two rows of an image, side by side, to one of half the length:
+    the same numbers, forwards and backwards, several times as fast as torch's own (docs/speed.md).
+    """
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        if x.device.type != "cpu" or H % 2 or W % 2 or W > 64 or torch.compiler.is_compiling():
+            return super().forward(x)
+        average = torch.eye(W // 2, dtype=x.dtype).repeat_interleave(2, dim=0).repeat(2, 1) / 4  # (2W, W / 2)
+        return (x.reshape(-1, 2 * W) @ average).view(B, C, H // 2, W // 2)
+
+
 class Block(nn.Module):
     """Two convolutions beside a shortcut: (B, C, H, W) -> (B, width, H / stride, W / stride).
 
@@ -30,7 +48,7 @@ class Block(nn.Module):
     def __init__(self, channels, width, stride, averaged):
         super().__init__()
         step = 1 if averaged else stride
-        halve = nn.AvgPool2d(2) if averaged and stride == 2 else nn.Identity()
+        halve = AvgPool() if averaged and stride == 2 else nn.Identity()
         self.residual = nn.Sequential(
             nn.Conv2d(channels, width, kernel_size=3, stride=step, padding=1, bias=False), norm(width),
             nn.ReLU(inplace=True), halve,

@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import rgb_to_grayscale
 
 from nanodd.judging import augment
 
@@ -47,6 +46,7 @@ def color_jitter(x, rng, cpu_rng):
     Each blend has the weight alpha in [-.4, .4], drawn for each image; a negative one moves x away
     from the other image. The order of the three is drawn for the whole batch, by cpu_rng.
     """
+    from torchvision.transforms.functional import rgb_to_grayscale  # a slow import: only where it is needed
     alpha = torch.rand(3, len(x), 1, 1, 1, generator=rng, device=x.device) * 0.8 - 0.4  # (3, B, 1, 1, 1)
     targets = (torch.zeros_like, lambda x: rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True),
                rgb_to_grayscale)

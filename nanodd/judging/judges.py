@@ -5,10 +5,13 @@ train_eval.py, a generator that yields after every epoch. This file does what ha
 the accuracy on the test images, the progress bar, and the file from which a stopped judge resumes.
 
 On a CPU several judges train at the same time, in threads, since one small batch does not use two cores
-fully. On a GPU they train one by one.
+fully; the last one of a row trains beside the first of the next. On a GPU they train one by one.
 """
+import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import sys
 import threading
 import time
@@ -64,11 +67,11 @@ STATE = {"epoch": schema.between(0, 10**9), "accuracies": [float], "optimizer": 
 class JudgeCheckpoint:
     """The judges of one row of the table while they train: a file for each, named by its seed.
 
-    folder: where the files are; None saves nothing. earlier: seconds spent on the row before it was stopped.
+    folder: where the files are; None saves nothing.
     """
 
     def __init__(self, folder=None):
-        self.folder, self.began, self.earlier = folder, clock(), 0.0
+        self.folder = folder
 
     def path(self, run):
         """The file of this judge."""
@@ -78,20 +81,20 @@ class JudgeCheckpoint:
         """Whether a state of this judge was saved here."""
         return self.folder is not None and self.path(run).is_file()
 
-    def save(self, run, epoch, optimizer, accuracies):
+    def save(self, run, epoch, optimizer, accuracies, seconds):
         """Saves the state after epoch number `epoch`, on which all later epochs depend."""
         files.save_state(self.path(run), {
             "epoch": epoch, "accuracies": accuracies, "optimizer": optimizer.state_dict(),
             "judge": run.judge.state_dict(), "rng": run.rng.get_state(), "cpu_rng": run.cpu_rng.get_state(),
-            "seconds": self.earlier + clock() - self.began})
+            "seconds": seconds})
 
     def restore(self, run):
-        """Loads judge and generators in place: (epochs done, optimizer, accuracies so far).
+        """Loads judge and generators in place: (epochs done, optimizer, accuracies so far, seconds so far).
 
-        (0, None, []) where nothing was saved. Raises UserError where the file is damaged.
+        (0, None, [], 0.0) where nothing was saved. Raises UserError where the file is damaged.
         """
         if not self.exists(run):
-            return 0, None, []
+            return 0, None, [], 0.0
         state = files.load_state(self.path(run), STATE)
         with files.reading_state(self.path(run)):
             run.judge.load_state_dict(state["judge"])
@@ -99,8 +102,7 @@ class JudgeCheckpoint:
             run.cpu_rng.set_state(state["cpu_rng"])
             optimizer = torch.optim.SGD(run.judge.parameters(), lr=0.0)     # the saved state has its numbers
             training.load_optimizer(optimizer, state["optimizer"])
-        self.earlier = max(self.earlier, state["seconds"])      # judges in threads share their seconds
-        return state["epoch"] + 1, optimizer, state["accuracies"]
+        return state["epoch"] + 1, optimizer, state["accuracies"], state["seconds"]
 
     def remove(self):
         """Deletes all files, once the row is done."""
@@ -146,15 +148,15 @@ def predictor(device, bf16, stop):
 
 
 def train_one(run, test, recipe, epochs, train, accuracy, num_evals, bf16, compiled, checkpoint, stop=None):
-    """Trains a judge to its last epoch: its accuracies on `test`, in percent, at `num_evals` epochs.
+    """Trains a judge to its last epoch: (accuracies on `test`, in percent, at `num_evals` epochs; seconds).
 
     The epochs are evenly spread, and the last is one of them. The judge resumes from `checkpoint`, and is
     saved there every files.SAVE_EVERY seconds and at the end. stop: a threading.Event that ends the training.
     """
-    predict = predictor(test.images.device, bf16, stop)
+    began, predict = clock(), predictor(test.images.device, bf16, stop)
     network = torch.compile(run.judge) if compiled else run.judge
     eval_epochs = {round((i + 1) * epochs / num_evals) - 1 for i in range(num_evals)} | {epochs - 1}
-    start, optimizer, accuracies = checkpoint.restore(run)
+    start, optimizer, accuracies, earlier = checkpoint.restore(run)
     loop = train(run.judge, run.images, recipe, epochs, functools.partial(predict, network),
                  run.rng, run.cpu_rng, start, optimizer)
     saved = clock()
@@ -166,75 +168,116 @@ def train_one(run, test, recipe, epochs, train, accuracy, num_evals, bf16, compi
             predict_test = functools.partial(predict, run.judge.eval())
             accuracies.append(accuracy(predict_test, test.images, test.labels, recipe))
         if checkpoint.folder and (epoch == epochs - 1 or clock() - saved >= files.SAVE_EVERY):
-            checkpoint.save(run, epoch, optimizer, accuracies)
+            checkpoint.save(run, epoch, optimizer, accuracies, earlier + clock() - began)
             saved = clock()
-    return accuracies
+    return accuracies, earlier + clock() - began
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Several judges
 
 
+class Row(NamedTuple):
+    """The judges of one row of the table, which are yet to be trained: one for each seed.
+
+    trains: the ImageSet of each judge. name: if given, each finished judge is printed on stderr where there
+    is no progress bar. checkpoint: of these judges alone; their seeds must then differ. results.new_row reads
+    pda (augmented copies of each image), chosen_in (the seconds in which the images were chosen) and metrics.
+    """
+    trains: list
+    seeds: list
+    epochs: int
+    name: str = ""
+    checkpoint: JudgeCheckpoint = JudgeCheckpoint()
+    pda: int = 0
+    chosen_in: float = 0.0
+    metrics: dict | None = None
+
+
+def at_a_time(jobs):
+    """How many of so many jobs run in threads at once, which share the CPU's threads evenly."""
+    threads = torch.get_num_threads()
+    return max(n for n in range(1, min(threads, jobs) + 1) if threads % n == 0)
+
+
 def in_threads(work, jobs):
-    """[work(job, stop) for each of the jobs], several at a time, which share the CPU's threads evenly.
+    """Yields work(job, stop) for each of the jobs, in their order, with at_a_time(len(jobs)) at work.
 
     stop: a threading.Event, set by the first error and by Ctrl-C; work has to check it often.
     """
-    threads, stop = torch.get_num_threads(), threading.Event()
-    workers = max(n for n in range(1, min(threads, len(jobs)) + 1) if threads % n == 0)
+    threads, workers, stop = torch.get_num_threads(), at_a_time(len(jobs)), threading.Event()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
                                 initargs=(threads // workers,)) as pool:
             try:                                                # Ctrl-C may come while threads are started
                 futures = [pool.submit(work, job, stop) for job in jobs]
+                waiting = collections.deque(futures)
                 for future in as_completed(futures):
                     future.result()                             # the first error, as soon as it is raised
+                    while waiting and waiting[0].done():
+                        yield waiting.popleft().result()
             finally:
                 stop.set()
-        return [future.result() for future in futures]
     finally:
         torch.set_num_threads(threads)                          # the workers' number is process-wide, too
 
 
-def side_by_side(trains, test, recipe, epochs, seeds, *, build, train, accuracy, num_evals, bf16=False,
-                 compiled=False, name="", checkpoint=None):
-    """Trains untrained judges recipe.net, one for each seed and set of `trains`: [(judge, accuracies)].
+def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, bf16=False, compiled=False):
+    """Trains the judges recipe.net of all `rows`; yields, for each Row, ([(judge, accuracies)], seconds).
 
-    trains: ImageSets, `test` too, all on one device. build: see new_run. train: the generator that trains one
-    judge, (judge, images, recipe, epochs, predict, rng, cpu_rng, start, optimizer), which yields (epoch,
+    test: an ImageSet on the device of the rows' sets. build: see new_run. train: the generator that trains
+    one judge, (judge, images, recipe, epochs, predict, rng, cpu_rng, start, optimizer), which yields (epoch,
     optimizer, loss) after every epoch. accuracy: (predict, images, labels, recipe) -> percent, called at
-    `num_evals` epochs. name: if given, each finished judge is printed on stderr where there is no progress
-    bar. checkpoint: a JudgeCheckpoint of these judges alone; their seeds must then differ.
+    `num_evals` epochs. seconds: of the row's judges, divided by how many train at once.
     Raises UserError where a loss is not finite.
     """
-    device, size = test.images.device, recipe.judge_size
+    size, sets = recipe.judge_size, [*itertools.chain(*(row.trains for row in rows)), test]
     # Resized once, as uint8: as floats, 9,025 images of 224 pixels would be 5 GB. Judges share their sets.
-    sized = {id(part): part._replace(images=augment.resized(part.images, size)) for part in (*trains, test)}
-    runs = [new_run(build, sized[id(part)], recipe, seed) for part, seed in zip(trains, seeds, strict=True)]
-    checkpoint = checkpoint or JudgeCheckpoint()
+    sized = {id(part): part._replace(images=augment.resized(part.images, size)) for part in sets}
+    jobs = [(row, new_run(build, sized[id(part)], recipe, seed))
+            for row in rows for part, seed in zip(row.trains, row.seeds, strict=True)]
 
-    def work(run, stop=None):
-        accuracies = train_one(run, sized[id(test)], recipe, epochs, train, accuracy, num_evals, bf16,
-                               compiled, checkpoint, stop)
-        if name and not sys.stderr.isatty():
-            print(printable(f"{name} | a judge of {len(runs)} | {accuracies[-1]:.2f} %"), file=sys.stderr,
-                  flush=True)
-        return accuracies
-    if device.type != "cpu" or len(runs) == 1:
-        curves = [work(run) for run in runs]
+    def work(job, stop=None):
+        row, run = job
+        accuracies, seconds = train_one(run, sized[id(test)], recipe, row.epochs, train, accuracy, num_evals,
+                                        bf16, compiled, row.checkpoint, stop)
+        if row.name and not sys.stderr.isatty():
+            print(printable(f"{row.name} | a judge of {len(row.seeds)} | {accuracies[-1]:.2f} %"),
+                  file=sys.stderr, flush=True)
+        return run.judge, accuracies, seconds
+    if test.images.device.type == "cpu" and len(jobs) > 1:
+        finished, workers = in_threads(work, jobs), at_a_time(len(jobs))
     else:
-        curves = in_threads(work, runs)
-    return [(run.judge, curve) for run, curve in zip(runs, curves, strict=True)]
+        finished, workers = (work(job) for job in jobs), 1
+    with contextlib.closing(finished):                          # ends the threads, whatever happens
+        for row in rows:
+            done = list(itertools.islice(finished, len(row.seeds)))
+            yield ([(judge, accuracies) for judge, accuracies, _ in done],
+                   sum(seconds for _, _, seconds in done) / workers)
 
 
-def compiles(build, recipe, classes, device):
-    """Whether torch.compile works here, tried on an untrained judge; prints why where it does not."""
-    network = build(recipe.net, recipe.judge_size, recipe.colours, classes).to(device)
+PAYS = 2e8                     # images x epochs x pixels of all judges together (docs/speed.md)
+
+
+def compiles(asked, rows, recipe, build, device):
+    """Whether the judges of `rows` are compiled: as asked, or where that is None, where it pays.
+
+    It pays for ConvNets on a CPU, from PAYS on; elsewhere that is not measured. Tried on an untrained judge
+    first; prints what was decided, or why torch.compile does not work here.
+    """
+    views = sum(row.epochs * len(part.labels) for row in rows for part in row.trains)
+    measured = device.type == "cpu" and recipe.net.startswith("convnet")
+    pays = measured and views * recipe.judge_size**2 >= PAYS
+    if not (pays if asked is None else asked):
+        return False
+    network = build(recipe.net, recipe.judge_size, recipe.colours, len(rows[0].trains[0].classes)).to(device)
     batch = torch.zeros(2, recipe.colours, recipe.judge_size, recipe.judge_size, device=device)
     try:
         torch.compile(network)(batch).sum().backward()
     except RuntimeError as error:                               # no compiler, an unsupported Python, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"--compile does nothing here, as torch.compile fails: {reason}")
+        print(f"judges are not compiled, as torch.compile fails here: {reason}", file=sys.stderr)
         return False
+    print(f"judges are compiled, as they will see {views:,} images (--no-compile: they are not)",
+          file=sys.stderr)
     return True

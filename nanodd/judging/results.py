@@ -56,6 +56,24 @@ JUDGED = {"data": str, "train": str, "judge": str, "protocol": str, "epochs": in
           "mean": float}       # what challenge_score looks at
 
 
+def new_row(row, data, title, judged, seconds, how):
+    """The row of results.jsonl of a judges.Row, once it is trained: a dict.
+
+    data: datasets.Data. title: the network's. judged: [(judge, accuracies)], in percent, the last epoch's at
+    the end. seconds: in which the judges were trained. how: the device and the seed.
+    """
+    images, classes, recipe = len(row.trains[0].labels), len(row.trains[0].classes), data.recipe
+    last = [round(accuracies[-1], 4) for _, accuracies in judged]
+    return {"data": data.name, "cut": data.cut, "train": row.name, "ipc": images // (1 + row.pda) // classes,
+            "pda": row.pda, "images": images, "recipe": recipe.name, "protocol": recipe.protocol,
+            "judge": title, "size": recipe.judge_size, "epochs": row.epochs, "runs": len(last),
+            "accuracy": last, "mean": round(statistics.mean(last), 4),
+            "std": round(statistics.stdev(last), 4) if len(last) > 1 else None,
+            "best": round(statistics.mean(round(max(accuracies), 4) for _, accuracies in judged), 4),
+            "seconds": round(row.chosen_in + seconds, 1), **how,
+            **({"metrics": row.metrics} if row.metrics else {})}
+
+
 TABLE_HEADER = f"{'trained on':28} |   ipc |  images | accuracy, % (runs)  |   best | epochs | seconds"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanodd import files, locks, processes, recipes, schema
 from nanodd.errors import UserError
@@ -66,12 +67,21 @@ def schedule_of(name, path, device="cpu"):
     return schedules[name](device)
 
 
+class WithoutInitialWeights(TorchFunctionMode):
+    """In this context torch.nn.init does nothing; on meta it would import torch._dynamo, for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def rebuild(config, tensors, path):
     """The network of `config` with {name: tensor} for weights; only DiffFit's gammas, all 1, may be missing.
 
     Raises UserError, naming `path` and the tensor, where anything else is missing, extra or of another shape.
     """
-    with torch.device("meta"):                                  # shapes only: initial weights take time
+    with torch.device("meta"), WithoutInitialWeights():         # shapes only
         model = network_of(**config)
     expected = model.state_dict()
     gammas = {name: torch.ones(expected[name].shape) for name in expected

@@ -4,6 +4,7 @@ The loops themselves are diffusion.train, minimax.tune and turbo.distil. Each is
 every optimizer step, and `fit` runs it to its end: between two yields all state is consistent and can be
 saved.
 """
+import contextlib
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from nanodd import files, processes, schema
 from nanodd.errors import UserError
-from nanodd.networks import checkpoint
+from nanodd.networks import checkpoint, halves
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Which images a step sees
@@ -105,11 +106,23 @@ class Trainer:
                 if not p.requires_grad and p is not model.pos_embed:
                     p.data = p.data.bfloat16()
         self.network = model if processes.world() == 1 else DistributedDataParallel(model)
+        self.halves = None
+        if processes.world() == 1 and halves.pay(model, plan.batch):
+            self.halves = halves.Halves(self.forward, self.trainable.values())
 
     def predict(self, x, t, y):
-        """The network on float32 images, with a float32 output, whatever the precision in between."""
+        """The network on float32 images, with a float32 output; of a tiny one two threads, side by side."""
+        return self.forward(x, t, y) if self.halves is None else self.halves(x, t, y)
+
+    def forward(self, x, t, y):
+        """The same in this thread, whatever the precision in between."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.plan.bf16):
             return self.network(x, t, y).float()
+
+    def close(self):
+        """Ends the threads of `predict`: the training is over."""
+        if self.halves is not None:
+            self.halves.close()
 
     def step(self, step):
         """Makes step number `step`: AdamW at the plan's rate, then the averaged weights follow."""
@@ -180,8 +193,8 @@ def fit(trainer, loop, path, header, overwrite=False, memories=None, show=None):
     start, seconds, logged = restored(trainer, memories, resume, header["settings"], overwrite)
     log = Log(path, steps, start, seconds, logged)
     last_save, save_cost = time.monotonic(), 0.0
-    with tqdm(total=steps, initial=start, disable=processes.rank() > 0 or None, leave=False,
-              unit="step") as bar:
+    with contextlib.closing(trainer), tqdm(total=steps, initial=start, leave=False, unit="step",
+                                           disable=processes.rank() > 0 or None) as bar:
         for done, losses in enumerate(loop(start=start), start + 1):
             log.add(losses)
             bar.update()

@@ -10,12 +10,12 @@ Sources: Bao et al. 2023 (U-ViT), Y. Song et al. 2021 (VP-SDE), Li et al. 2024.
 import functools
 import math
 import pathlib
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint as gradient_checkpoint
 
@@ -127,7 +127,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, difffit)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, MLP_RATIO * width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, MLP_RATIO * width), act=nn.GELU(),
+                                             fc2=nn.Linear(MLP_RATIO * width, width)))
         self.gamma1 = nn.Parameter(torch.ones(width)) if difffit else None
         self.gamma2 = nn.Parameter(torch.ones(width)) if difffit else None
 
@@ -152,7 +153,7 @@ class UViT(nn.Module):
         depth, width, heads = SIZES[network]
         self.patch, self.grid, half = patch, size // patch, depth // 2
         self.extras = 2 if classes else 1                       # tokens that are no patches
-        self.patch_embed = PatchEmbed(size, patch, channels, width)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
         self.label_emb = nn.Embedding(classes + null, width) if classes else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, width))
         block = functools.partial(Block, width, heads)
@@ -171,7 +172,8 @@ class UViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, t, y):
-        x = self.patch_embed(x.to(self.patch_embed.proj.weight.dtype))      # (B, H/p * W/p, D)
+        x = self.patch_embed.proj(x.to(self.patch_embed.proj.weight.dtype))
+        x = rearrange(x, "B D h w -> B (h w) D")                            # (B, H/p * W/p, D)
         time = torch.cat(sincos(t, x.shape[2]), dim=1).to(x.dtype)          # (B, D)
         label = [self.label_emb(y)] if self.label_emb is not None else []   # (B, D), if any
         tokens = [token.unsqueeze(1) for token in (*label, time)]           # (B, 1, D) each

@@ -8,7 +8,6 @@ import math
 import pathlib
 
 import torch
-from sklearn.cluster import KMeans
 
 from nanodd import files, processes
 from nanodd.data import datasets, imageset
@@ -63,6 +62,7 @@ def modes_of(data, run, count):
 
 def class_modes(examples, c, count, seed):
     """The modes of class c: (count, C, H, W) float32 on the CPU. examples: ImageSet or latents.Latents."""
+    from sklearn.cluster import KMeans                          # a slow import: only where it is needed
     index = (examples.labels == c).nonzero().squeeze(1)                     # (n,)
     rng = torch.Generator(index.device).manual_seed(seed)       # latents are sampled, not their means
     x = examples.examples(index, None, rng).cpu()               # (n, C, H, W); None: none is mirrored

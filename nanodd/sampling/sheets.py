@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, PngImagePlugin
-from torchvision.utils import make_grid
 
 from nanodd.data import imageset
 from nanodd.sampling import solvers
@@ -88,9 +89,15 @@ def draw(start, columns):
 
 
 def grid(images, columns):
-    """images (rows * columns, C, H, W) uint8 -> one picture (3, h, w) uint8, small images enlarged."""
+    """images (rows * columns, C, H, W) uint8 -> one picture (3, h, w) uint8, small images enlarged.
+
+    Two black pixels frame each image.
+    """
     zoom = max(1, 40 // images.shape[-1])
-    return make_grid(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns, padding=2)
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    framed = F.pad(images, (2, 0, 2, 0))                        # above and on the left
+    sheet = rearrange(framed, "(rows columns) C h w -> C (rows h) (columns w)", columns=columns)
+    return F.pad(sheet, (0, 2, 0, 2))
 
 
 def write(path, sheet):

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from nanodd import files, processes
@@ -125,8 +124,9 @@ def resized(x, size, colours):
     picture to grey levels, and Pillow rounds and clips after each axis: some pixels differ by one level, more
     only beside black and white.
     """
+    from torchvision.transforms.functional import rgb_to_grayscale  # a slow import: only where it is needed
     x = F.interpolate(x.clamp(-1, 1), (size, size), mode="bicubic", antialias=True)
-    return TF.rgb_to_grayscale(x) if colours == 1 else x
+    return rgb_to_grayscale(x) if colours == 1 else x
 
 
 def decode(vae, size, colours, z):
