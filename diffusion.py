@@ -3,7 +3,7 @@
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps          the forward process adds noise, t = 0 ... 999
     L   = mean || eps - eps_hat(x_t, t, y) ||^2            the network learns to predict that noise
 
-    python diffusion.py        # 1,257 digits, 1.3M parameters: 5.3 minutes on two CPU cores
+    python diffusion.py        # 1,257 digits, 1.3M parameters: 5 minutes on two CPU cores
     python diffusion.py --data my/pictures --dry-run        # prints what it would train on, and stops
     python diffusion.py --network uvit                      # U-ViT in place of DiT (nanodd/networks/uvit.py)
     python diffusion.py --weights DiT-XL-2-256x256.pt       # takes ImageNet's published weights instead
