@@ -195,8 +195,7 @@ class Pool:
         epochs = count_epochs(recipe, images, len(sets[0].classes))
         checkpoint = judges.checkpoint_of(keep, sets, self.data.test, source, recipe, epochs, seeds, *how)
         chosen_in = judges.clock() - began
-        originals = [part.pick(slice(images // (1 + pda))) for part in sets]
-        metrics = compare(originals) if compare else None
+        metrics = compare and compare([part.pick(slice(images // (1 + pda))) for part in sets])
         trains = sets if len(sets) == len(seeds) else sets * len(seeds)     # one that is not random: for all
         return judges.Row(trains, seeds, epochs, source, checkpoint, pda, chosen_in, metrics)
 
