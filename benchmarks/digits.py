@@ -1,4 +1,4 @@
-"""Measures the rows of docs/digits.md's tables, and writes the tables and the plot from what it measured.
+"""Measures the rows of docs/digits.md's tables, and writes the tables and the plots from what it measured.
 
     python benchmarks/digits.py            # several hours on two CPU cores; skips rows that are there
     python benchmarks/digits.py --tables   # measures nothing: rewrites the tables from results/digits.jsonl
@@ -22,18 +22,17 @@ import torch
 
 import digits_figures as figures
 import digits_rows
+import digits_tables
 import digits_turbo
 import report
 from nanodd import cli, running
 from nanodd.data import datasets
 from nanodd.errors import UserError
 from nanodd.judging import baselines, metrics, results
-from report import machine, spread, summary, table, type_in, write_pages
+from report import machine, summary, type_in, write_pages
 from train_eval import count_epochs, evaluate, real_judge, train_judges
 
 RESULTS = ROOT / "results" / "digits.jsonl"
-TABLES = "main", "map", "curves", "pairs", "seconds", "expansion", "ablation", "steps", "solvers", "auto", \
-    "turbo", "turbo-seconds"
 RUNS, BUDGET, SHORT_BUDGET = 5, 10, 2                           # seconds
 STEPS = (5, 10, 15, 20, 25, 30, 50)
 SOLVERS = {"DDIM, quadratic grid": "ddim", "DPM-Solver++(2M), log-SNR grid": "dpm++2m",
@@ -132,105 +131,13 @@ def pictures(data):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. Tables and plot
-
-
-def pilot(rows, row):
-    """What `--steps auto` saw of this row's steps, before it decided."""
-    seen = {found["steps"]: found["accuracy"] for other in rows for found in other.get("pilots", [])}
-    return f"{seen[row['steps']]:.1f}" if row["steps"] in seen and row["row"] != "auto" else "–"
-
-
-def front(rows):
-    """The front page's table: a row for each kind of set, a column for each number of images."""
-    of = {(row["row"], row["ipc"]): spread(row) for row in rows}
-    names = dict.fromkeys(row["row"] for row in rows if row["asked"] is not None)
-    head = "| accuracy, % (n), trained on | 1 image a class | 10 images a class | 50 images a class |"
-    return table(head, [f"| {name} | {' | '.join(of[name, ipc] for ipc in (1, 10, 50))} |" for name in names])
-
-
-def measured(row, *names):
-    """Cells of a row's metrics."""
-    values = [row["metrics"][name] for name in names] if "metrics" in row else [None] * len(names)
-    return " | ".join("–" if value is None else f"{value:.2f}" for value in values)
-
-
-def diversity_tables(of):
-    """The tables whose rows digits_rows.py makes. of: {name of the table: its rows}."""
-    code = lambda row: f"`{row['command']}`"
-    settings = "| precision | recall | coverage | variance | accuracy at 10 a class, % (n) |"
-    numbers = lambda row: f"{measured(row, 'precision', 'recall', 'coverage', 'variance')} | {spread(row)}"
-    return {
-        "map": table(f"| setting {settings} at 200 a class, % (n) | seconds to draw | command |", [
-            f"| {row['row']} | {numbers(row)} | {spread(row, 'two_hundred_')} | {row['drawn']:.1f} | "
-            f"{code(row)} |" for row in of["map"]]),
-        "curves": table(f"| what differs {settings} command |", [
-            f"| {row['row']} | {numbers(row)} | {code(row)} |" for row in of["curves"]]),
-        "pairs": table("| trained on | images a class | accuracy, % (n) | precision | recall | command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
-            f"{code(row)} |" for row in of["pairs"]]),
-        "seconds": table("| set | images a class | accuracy, % (n) | precision | recall | seconds | "
-                         "command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
-            f"{row['drawn']:.2f} | {code(row)} |" for row in of["seconds"]]),
-        "expansion": table("| trained on | images | accuracy, % (n) | command |", [
-            f"| {row['row']} | {row['images']} | {spread(row)} | {code(row)} |"
-            for row in [*(row for row in of["main"] if row["asked"] is None), *of["expansion"]]]),
-    }
-
-
-def tables(rows):
-    """The pages' generated parts, by name: rows of results/digits.jsonl -> {name: markdown}."""
-    of = {name: [row for row in rows if row["table"] == name] for name in TABLES}
-    tuned = lambda row: "–" if row["row"] == "base DiT" else f"`{row['command'].split('; ')[0]}`"
-    drawn = lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "–"
-    machines = {row["machine"]: dict.fromkeys(other["table"] for other in rows
-                                              if other["machine"] == row["machine"]) for row in rows}
-    return {
-        **{name: part for name, part in diversity_tables(of).items() if of[name]},
-        "front": front(of["main"]),
-        "machines": table("| machine | tables |", [
-            f"| {machine.replace(', ', '; ')} | {', '.join(names)} |"
-            for machine, names in machines.items()]),
-        "main": table("| trained on | images a class | accuracy, % (n) | precision | recall | seconds to "
-                      "draw | command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
-            f"{drawn(row)} | `{row['command']}` |" for row in of["main"]]),
-        "ablation": table("| model | accuracy at 10 a class, % (n) | command |", [
-            f"| {row['row']} | {spread(row)} | {tuned(row)} |" for row in of["ablation"]]),
-        "steps": table("| steps | images a class | accuracy, % (n) | command |", [
-            f"| {row['steps']} | {row['ipc']} | {spread(row)} | `{row['command'].split('; ')[0]}` |"
-            for row in of["steps"]]),
-        "solvers": table("| sampler | steps | accuracy at 10 a class, % (n) | at 1 a class, % (n) | distance "
-                         "to the nearest (n) | command |", [
-            f"| {row['row']} | {row['steps'] or '–'} | {spread(row)} | {spread(row, 'one_')} | "
-            f"{spread(row, 'coverage_', 2)} | `{row['command'].split('; ')[0]}` |" for row in of["solvers"]]),
-        "auto": table("| steps | images a class | accuracy, % (n) | pilot's accuracy, % | command |", [
-            f"| {'auto: ' * (row['row'] == 'auto')}{row['steps']} | {row['ipc']} | {spread(row)} | "
-            f"{pilot(of['auto'], row)} | `{row['command'].split('; ')[0]}` |" for row in of["auto"]]),
-        **one_step_tables(of),
-    }
-
-
-def one_step_tables(of):
-    """The tables whose rows digits_turbo.py makes. of: {name of the table: its rows}."""
-    code = lambda row: f"`{row['command']}`"
-    parts = {
-        "turbo": table("| drawn with | images a class | accuracy, % (n) | precision | recall | seconds for "
-                       "1,000 images | command |", [
-            f"| {row['row']} | {row['ipc']} | {spread(row)} | {measured(row, 'precision', 'recall')} | "
-            f"{row['per_thousand'] or '–'} | {code(row)} |" for row in of["turbo"]]),
-        "turbo-seconds": table("| drawn with | seconds | images a class | accuracy, % (n) | command |", [
-            f"| {row['row']} | {row['asked']:g} | {row['ipc']} | {spread(row)} | {code(row)} |"
-            for row in of["turbo-seconds"]]),
-    }
-    return {name: part for name, part in parts.items() if of[name]}
+# 2. The command
 
 
 def main(argv=None):
     parser = cli.new_parser(__doc__)
     parser.add_argument("--tables", action="store_true",
-                        help="measure nothing; rewrite the tables and the plot")
+                        help="measure nothing; rewrite the tables and the plots")
     args = parser.parse_args(argv)
     with running.command(parser, args):
         if not args.tables:
@@ -246,7 +153,7 @@ def main(argv=None):
         if any(row["table"] == "curves" for row in rows):
             figures.plot_curves(rows, digits_rows.CURVES, ROOT / "assets" / "curves.png")
         figures.plot_images(rows, ROOT / "assets" / "images.png")
-        write_pages(tables(rows))
+        write_pages(digits_tables.tables(rows))
         print(f"README.md, docs/digits.md and assets/ show the {len(rows)} rows of "
               f"results/{RESULTS.name}")
 
