@@ -44,44 +44,47 @@ SWEEP_ORDER = REAL, ALL, *MODELS, SMALL
 # 1. Tables and plots
 
 
+# What stands on the page where nothing is measured.
+EMPTY = {
+    "last": "No row is measured yet: the table will have rows for 10 and 50 random real images a class, for "
+            "the first 10, 50, 100 and 500 images of each class of the distilled set, and for all real images. "
+            "Its columns will be the accuracy at the last and at the best epoch, the seconds that the judges "
+            "took, and the command.",
+    "sweep": "No row is measured yet: the table will have rows for 10 and 50 random real images a class, for "
+             "all real images, for the base model's sets of 5, 10, 15, 20, 25, 30 and 50 steps, for the sets "
+             "of 10 and 50 steps after fine-tuning with either memory, and for a smaller base model's set of "
+             "10. Its columns will be the images a class, the accuracy, the epochs and the command.",
+    "speed": "No speed is measured yet: this line will give the images a second of the base model's training, "
+             "their share of the matrix product's rate, the seconds, the machine and the command."}
+
+
 def tables(rows, scale=cifar100_rows.FULL):
     """The generated parts of docs/challenge.md, by name: rows -> {name: markdown}.
 
-    What was not measured is a dash.
+    A table has the rows that are measured; in place of one without any stands a sentence.
     """
     there = {report.key(row): row for row in rows}
 
-    def lines(name, cells, order):
-        """A line of cells(what was trained on, what was asked, row or {}) for each of the table's jobs."""
-        keys = [key for key in cifar100_rows.jobs(scale) if key[0] == name]
+    def part(name, order, columns):
+        keys = [key for key in cifar100_rows.jobs(scale) if key[0] == name and key in there]
         keys.sort(key=lambda key: order(*key[1:]))
-        return ["| " + " | ".join(map(str, cells(*key[1:], there.get(key, {})))) + " |" for key in keys]
+        lines = ["| " + " | ".join(str(cell(there[key])) for cell in columns.values()) + " |" for key in keys]
+        return table(f"| {' | '.join(columns)} |", lines) if lines else EMPTY[name]
 
-    def cell(row, name, form="{}"):
-        return form.format(row[name]) if name in row else "–"
-
-    def accuracy(row):
-        return spread(row) if row else "–"
-
-    def last(who, asked, row):
-        by = f"{who}: {row['model']}, {row['steps']} steps" if "model" in row else who
-        return (by, row.get("ipc", asked or "all"), accuracy(row), cell(row, "best", "{:.1f}"),
-                cell(row, "drawn", "{:.0f}"), cell(row, "seconds", "{:.0f}"), cell(row, "command", "`{}`"))
-
-    def sweep(who, asked, row):
-        real = who in (REAL, ALL)
-        return (who, "–" if real else asked, asked or "all" if real else cell(row, "ipc"), accuracy(row),
-                cell(row, "drawn", "{:.1f}"), cell(row, "epochs"),
-                f"`{row['command'].split('; ')[0 if real else -2]}`" if row else "–")
+    def trained_on(row):
+        drawn = "model" in row and f"{row['model']}, {row['steps']} steps, drawn in {row['drawn']:.1f} s"
+        return drawn or row["row"]
+    both = {"trained on": trained_on, "images a class": lambda row: row["ipc"], "accuracy, % (n)": spread}
     speed = there.get(("speed", BASE, None))
     return {
-        "cifar100 last": table("| trained on | images a class | accuracy, % (n) | best epoch, % "
-                               "| seconds to draw | to judge | command |", lines(
-                                   "last", last, lambda who, asked: (asked or math.inf, who != REAL))),
-        "cifar100 sweep": table("| trained on | steps | images a class | accuracy, % (n) | seconds to draw "
-                                "| epochs | command |", lines(
-                                    "sweep", sweep, lambda who, asked: (SWEEP_ORDER.index(who), asked or 0))),
-        "cifar100 speed": "Training the base model: not measured." if speed is None else
+        "cifar100 last": part("last", lambda who, asked: (asked or math.inf, who != REAL), {
+            **both, "best epoch, %": lambda row: f"{row['best']:.1f}",
+            "seconds to judge": lambda row: f"{row['seconds']:.0f}",
+            "command": lambda row: f"`{row['command']}`"}),
+        "cifar100 sweep": part("sweep", lambda who, asked: (SWEEP_ORDER.index(who), asked or 0), {
+            **both, "epochs": lambda row: row["epochs"],
+            "command": lambda row: f"`{row['command'].split('; ')[-2 if 'model' in row else 0]}`"}),
+        "cifar100 speed": EMPTY["speed"] if speed is None else
             f"Training the base model: {speed['images_per_second']:,.0f} images a second, "
             f"{100 * speed['share']:.0f} % of the rate of a matrix product in "
             f"{'bfloat16' if speed['bf16'] else 'float32'} ({speed['matrix_tflops']:.1f} TFLOP/s); "
