@@ -44,36 +44,32 @@ SWEEP_ORDER = REAL, ALL, *MODELS, SMALL
 # 1. Tables and plots
 
 
-# What stands on the page where nothing is measured.
+# what stands in place of a table without rows
 EMPTY = {
     "last": "No row is measured yet: the table will have rows for 10 and 50 random real images a class, for "
-            "the first 10, 50, 100 and 500 images of each class of the distilled set, and for all real images. "
-            "Its columns will be the accuracy at the last and at the best epoch, the seconds that the judges "
-            "took, and the command.",
+            "the first 10, 50, 100 and 500 images of each class of the last set, and for all real images. "
+            "Its columns will be the accuracy at the last and the best epoch, the seconds and the command.",
     "sweep": "No row is measured yet: the table will have rows for 10 and 50 random real images a class, for "
              "all real images, for the base model's sets of 5, 10, 15, 20, 25, 30 and 50 steps, for the sets "
              "of 10 and 50 steps after fine-tuning with either memory, and for a smaller base model's set of "
              "10. Its columns will be the images a class, the accuracy, the epochs and the command.",
-    "speed": "No speed is measured yet: this line will give the images a second of the base model's training, "
-             "their share of the matrix product's rate, the seconds, the machine and the command."}
+    "speed": "No speed is measured yet: this line will give the images a second in the base model's "
+             "training, their share of the matrix product's rate, the seconds, the machine and the command."}
 
 
 def tables(rows, scale=cifar100_rows.FULL):
-    """The generated parts of docs/challenge.md, by name: rows -> {name: markdown}.
-
-    A table has the rows that are measured; in place of one without any stands a sentence.
-    """
+    """The generated parts of docs/challenge.md, of the measured rows alone: rows -> {name: markdown}."""
     there = {report.key(row): row for row in rows}
 
     def part(name, order, columns):
-        keys = [key for key in cifar100_rows.jobs(scale) if key[0] == name and key in there]
-        keys.sort(key=lambda key: order(*key[1:]))
+        keys = sorted((key for key in cifar100_rows.jobs(scale) if key[0] == name and key in there),
+                      key=lambda key: order(*key[1:]))
         lines = ["| " + " | ".join(str(cell(there[key])) for cell in columns.values()) + " |" for key in keys]
         return table(f"| {' | '.join(columns)} |", lines) if lines else EMPTY[name]
 
     def trained_on(row):
-        drawn = "model" in row and f"{row['model']}, {row['steps']} steps, drawn in {row['drawn']:.1f} s"
-        return drawn or row["row"]
+        real = row["row"] in (REAL, ALL)
+        return row["row"] if real else f"{row['model']}, {row['steps']} steps, drawn in {row['drawn']:.1f} s"
     both = {"trained on": trained_on, "images a class": lambda row: row["ipc"], "accuracy, % (n)": spread}
     speed = there.get(("speed", BASE, None))
     return {

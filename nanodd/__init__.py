@@ -13,6 +13,6 @@ import os
 # libgomp's threads wait for one another at the end of every matrix product: the first one spins for up to
 # 300,000 rounds before it sleeps. A tiny network's products take microseconds, so that one other process that
 # keeps a core busy makes a training step several times slower. With 500 rounds it is less than twice as slow
-# (docs/speed.md). libgomp reads the number once, when torch is imported: import this package before torch.
+# (docs/log.md). libgomp reads the number once, when torch is imported: import this package before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")

@@ -6,18 +6,23 @@ import re
 import shutil
 
 import pytest
+import torch
 
 import cifar100
 import cifar100_rows
+import diffusion
 import train_eval
 from nanodd import recipes
 from nanodd.data import datasets
-from nanodd.networks import training
+from nanodd.judging import results
+from nanodd.networks import training, uvit
 from nanodd.sampling import stores
 from test_challenge_data import FINE, write_cifar
+from pages import PAGES, stands_once
+from throughput import flops
 from torchvision.datasets import CIFAR100
 
-ROOT = pathlib.Path(__file__).parents[1]
+CHALLENGE = PAGES["docs/challenge.md"]
 
 
 @pytest.fixture
@@ -130,6 +135,31 @@ def test_a_cpu_is_not_kept_busy_for_weeks(capsys, monkeypatch):
     monkeypatch.setattr(cifar100.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cifar100.torch.backends.mps, "is_available", lambda: False)
     assert "there is no GPU here" in refused([], capsys)
+
+
+def test_the_tables_of_the_page_are_what_was_measured():
+    measured = results.read_rows(cifar100_rows.FULL.rows)
+    for name, part in cifar100.tables(measured).items():
+        assert stands_once(name, part), name
+    for row in measured:
+        assert row["command"] and row["seconds"] > 0 and row["device"] and row["seed"] >= 0
+        assert row["data"] == "cifar100" and not re.search(r"(?<![\w.])/\w", row["command"])
+        assert row["table"] in ("speed", "choice", "last choice") or row["runs"] == len(row["accuracy"]) == 3
+
+
+def test_what_is_said_of_the_networks_follows_from_them():
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in diffusion.DiT(name, 32, 2, 3, 100).parameters())
+                 for name in ("S", "XS")}
+    assert diffusion.SIZES["XS"] == (6, 256, 4) and "256 wide, 6 blocks" in CHALLENGE
+    assert f"DiT-S/2 has {2 * sizes['S'] / 1e6:.0f} MB in bfloat16" in CHALLENGE
+    assert f"has {2 * sizes['XS'] / 1e6:.0f} MB, so that" in CHALLENGE and 2 * sizes["XS"] < 16e6 - 1e5
+    assert f"it says {len(cifar100_rows.jobs(cifar100_rows.FULL))} of" in CHALLENGE
+    with torch.device("meta"):
+        x, t, y = torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        dit, u = (flops(lambda net=net: net(x, t, y)) for net in (diffusion.DiT("S", 32, 2, 3, 100),
+                                                                 uvit.UViT("S", 32, 2, 3, 100)))
+    assert dit / u == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_table_without_rows_is_a_sentence_that_says_what_it_will_have():

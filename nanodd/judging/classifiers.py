@@ -25,7 +25,7 @@ class AvgPool(nn.AvgPool2d):
     """2x2 average pooling, (B, C, H, W) -> (B, C, H // 2, W // 2), for small images on a CPU as a product.
 
     A matrix of quarters, (2W, W / 2), averages two rows of an image, side by side, to one of half the length:
-    the same numbers, forwards and backwards, several times as fast as torch's own (docs/speed.md).
+    the same numbers, forwards and backwards, several times as fast as torch's own (docs/log.md).
     """
 
     def __init__(self):

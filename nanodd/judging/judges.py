@@ -256,7 +256,7 @@ def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, bf16=
                    sum(seconds for _, _, seconds in done) / workers)
 
 
-PAYS = 2e8                     # images x epochs x pixels of all judges together (docs/speed.md)
+PAYS = 2e8                     # images x epochs x pixels of all judges together (docs/log.md)
 
 
 def compiles(asked, rows, recipe, build, device):

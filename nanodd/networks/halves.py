@@ -2,7 +2,7 @@
 
 Threads that share every product of a tiny network wait for each other thousands of times a second, and wait
 long where another program wants a core. Here they meet twice a step, after the forward and the backward pass
-(docs/speed.md). Each works with one thread, so that the bits are the same however many threads torch has.
+(docs/log.md). Each works with one thread, so that the bits are the same however many threads torch has.
 """
 from concurrent.futures import ThreadPoolExecutor
 
