@@ -6,8 +6,8 @@ Operations are those of the products, counted by torch's flop counter, to which 
 Prints a line each for the matrix product; the tiny DiT's training step; the min-max losses' share of a step
 of fine-tuning (of all weights); a sampling step; augmentation's share of a judge's step; five judges side by
 side against one by one; and the forward passes of CIFAR-100's DiT-S/2 and U-ViT-S/2, in bfloat16 where the
-machine gains from it. Then, on a CPU, each speed-up of docs/log.md: the time without it, the time with it, and
-their ratio, measured in turns.
+machine gains from it. Then, on a CPU, each speed-up of docs/log.md: the time without it, the time with it,
+and their ratio, measured in turns.
 """
 import functools
 import math
