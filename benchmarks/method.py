@@ -1,0 +1,302 @@
+"""Measures the numbers of docs/method.md and draws its pictures: x0_hat, the extremes, few steps, averages.
+
+    python benchmarks/method.py            # 5 minutes on two CPU cores, and as many for a base model
+    python benchmarks/method.py --tables   # measures nothing: rewrites the tables from results/method.jsonl
+
+Rows are kept in results/method.jsonl; those that are there are not measured again. Everything runs on the CPU
+and on the digits; the two toys need no network. docs/users.md has two tables of runs that were made by hand,
+out of what they left in out/: the losses, and the judges of a folder of three classes.
+"""
+import copy
+import json
+import math
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads spin)
+import torch
+
+import method_figures as figures
+import report
+from diffusion import DiT, Schedule, denoising_loss, train, training_batch
+from diffusion import main as train_main
+from memory import Memory
+from minimax import CRITERIA, cosines
+from nanodd import cli, running
+from nanodd.data import datasets, imageset
+from nanodd.errors import UserError
+from nanodd.judging import results
+from nanodd.networks import models, training
+from sample import guided, image_noise, sampler_of
+
+RESULTS = ROOT / "results" / "method.jsonl"
+BASE = "out/digits/base.safetensors"
+TIMES = (20, 100, 200, 400, 600, 800, 900, 999)
+STEPS = (3, 5, 10, 20, 50)
+GRIDS = "uniform", "quadratic"
+SETTINGS = [(50, 1), (10, 1), (5, 1), (3, 1), (10, 2), (10, 4)]  # steps and guidance of the picture
+LOOKS = (100, 500, 2500, 7500)                                  # steps at which averages are compared
+LOGS = {                                                        # row -> its log, and the command of the run
+    "digits": ("out/digits/base", "python diffusion.py"),
+    "digits, fine-tuning": ("out/digits/minimax", "python minimax.py"),
+    "digits, U-ViT": ("out/digits/uvit/base", "python diffusion.py --network uvit"),
+    "three classes of CIFAR-100, as a folder": ("out/three/base", "python diffusion.py --data three"),
+    "the same, fine-tuning": ("out/three/minimax", "python minimax.py --data three")}
+JUDGED = {                                                      # row -> "train" in out/three/results.jsonl
+    "distilled, guidance 2": "out/three/distilled", "distilled, guidance 1.5": "out/three-g1.5/distilled",
+    "distilled, guidance 1": "out/three-g1/distilled", "real, at random": "random",
+    "real, k-means centroids": "kmeans", "all real images": "full"}
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Toys: directions in the plane as embeddings, and a Gaussian of one number
+
+
+def directions(degrees):
+    """Angles (n,) in degrees -> unit vectors (n, 2)."""
+    return torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
+
+
+def real_directions(outlier=False):
+    """The angles of 64 embeddings: 57 about 30 degrees and 7 about 110; the last one an outlier at 170."""
+    rng = torch.Generator().manual_seed(0)
+    large, rare = (mean + 8 * torch.randn(n, generator=rng) for mean, n in ((30, 57), (110, 7)))
+    return torch.cat([large, rare[:-1], torch.tensor([170.0])] if outlier else [large, rare])
+
+
+def toy(criterion, diverse, outlier=False, steps=3000, rate=300.0):
+    """Where a loss alone leads 64 predictions that start about 30 degrees: their angles (64,), in degrees.
+
+    criterion: "minmax" or "naive" (means). diverse: L_d, or else L_r. Eight predictions a step, with the
+    memories of minimax.py: all real embeddings, and the latest 64 predictions.
+    """
+    rng = torch.Generator().manual_seed(1)
+    angles = (30 + 8 * torch.randn(64, generator=rng)).requires_grad_()
+    real, generated = directions(real_directions(outlier)), Memory(64, "fifo")
+    loss_of = CRITERIA[criterion][diverse]
+    optimizer = torch.optim.SGD([angles], lr=rate)
+    for _ in range(steps):
+        z = directions(angles[torch.randperm(64, generator=rng)[:8]])       # (8, 2)
+        batch = real[torch.randperm(64, generator=rng)[:8]]
+        loss = loss_of(z, batch, generated.get(0) if diverse else real)
+        if torch.is_tensor(loss):                               # 0.0 while the memory is empty
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        generated.push(0, z)
+    return angles.detach()
+
+
+def gaussian_deviation(steps, grid, std=0.3):
+    """What DDIM makes of a Gaussian with deviation `std` and a perfect denoiser: the deviation it returns.
+
+    The denoiser is linear, so that DDIM multiplies its noise by a number: this deviation.
+    """
+    sampler = sampler_of("ddim", steps, grid)
+
+    def predict(x, t):                                          # E[eps | x_t], the mean of the data being 0
+        abar = sampler.schedule.abar_at(t)
+        return math.sqrt(1 - abar) * x / (abar * std**2 + 1 - abar), None
+    return sampler(predict, lambda k: torch.ones(1, 1, 1, 1, dtype=torch.float64)).item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. The base model: its one-step prediction, and which prediction is the extreme one
+
+
+def noised(x0, t, seed):
+    """(t, eps) for a batch x0 (B, C, H, W): t (B,) int64, the number t or, for None, random times."""
+    rng = torch.Generator().manual_seed(seed)
+    times = torch.randint(1000, (len(x0),), generator=rng) if t is None else torch.full((len(x0),), t)
+    return times, torch.randn(x0.shape, generator=rng)
+
+
+@torch.no_grad()
+def x0_row(model, data, t):
+    """How good x0_hat is at time t on the test digits: errors are root mean squares over their pixels."""
+    x0 = imageset.to_float(data.test.images)                                # (540, 1, 8, 8) in [-1, 1]
+    times, eps = noised(x0, t, seed=t)
+    denoised = denoising_loss(model, Schedule(), x0, data.test.labels, times, eps)
+    error = lambda a, b: round((a - b).pow(2).mean().sqrt().item(), 4)
+    cosine = torch.cosine_similarity(denoised.x0_hat.flatten(1), x0.flatten(1))
+    signal, noise = (part.item() for part in Schedule().at(torch.tensor([t])))
+    return {"factor": round(noise / signal, 2), "eps_error": error(denoised.eps_hat, eps),
+            "x0_error": error(denoised.x0_hat, x0), "cosine": round(cosine.mean().item(), 3)}
+
+
+@torch.no_grad()
+def extreme_row(model, data, batches=400):
+    """Which prediction sets the losses of minimax.py's default: how noisy it was, and how often.
+
+    "above": the share of batches and classes, in percent, whose extreme prediction has t >= 800, a fifth of
+    all times. The memories of the first 100 batches are still filling, and are left out.
+    """
+    real, generated, times = Memory(64, "fifo"), Memory(64, "fifo"), {"min": [], "max": []}
+    images, plan = data.train, training.Plan(steps=batches, batch=64, lr=0., decay=False, ema=0., seed=0,
+                                             flip=False)
+    rows = torch.arange(11)
+    for step in range(batches):
+        x0, y, t, eps = training_batch(images, plan, step, rows, Schedule())
+        labels = images.labels[training.batch_index(len(images.labels), 64, step, 0)]
+        z = denoising_loss(model, Schedule(), x0, y, t, eps).x0_hat.flatten(1)          # (64, 64)
+        for c in labels.unique().tolist():
+            own = z[labels == c]                                            # (n, 64)
+            if step >= 100:
+                lowest = cosines(own, real.get(c)).min(dim=1).values.argmin()
+                highest = cosines(own, generated.get(c)).max(dim=1).values.argmax()
+                times["min"].append(t[labels == c][lowest].item())
+                times["max"].append(t[labels == c][highest].item())
+            real.push(c, x0[labels == c].flatten(1))
+            generated.push(c, own)
+    share = lambda found: round(100 * sum(t >= 800 for t in found) / len(found), 1)
+    return {f"{name}_above": share(found) for name, found in times.items()} | {"n": len(times["min"])}
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. The average of the weights
+
+
+def average_rows(data):
+    """Trains the digits' base model and compares, on the test digits, its weights and two averages of them.
+
+    The loss is L_diff at four random (t, eps) a digit. "late" has the decay .995 from the first step on.
+    """
+    recipe, rows = data.recipe, torch.arange(11)
+    size, numbers = training.by_recipe(recipe)
+    torch.manual_seed(0)
+    model = DiT(size, recipe.size, recipe.patch, recipe.channels, 10)
+    trainer = training.Trainer(model, training.Plan(**numbers, seed=0, flip=recipe.flip))
+    late, judged = copy.deepcopy(trainer.ema), DiT(size, recipe.size, recipe.patch, recipe.channels, 10)
+    x0 = imageset.to_float(data.test.images).repeat(4, 1, 1, 1)             # (2160, 1, 8, 8)
+    (times, eps), labels = noised(x0, None, seed=0), data.test.labels.repeat(4)
+
+    def loss(weights):
+        judged.load_state_dict({**model.state_dict(), **weights})
+        with torch.no_grad():
+            found = denoising_loss(judged.eval(), Schedule(), x0, labels, times, eps).loss
+        return round(found.mean().item(), 4)
+    found = {}
+    for done, _ in enumerate(train(trainer, data.train, rows, Schedule()), 1):
+        training.ema_update(late, trainer.trainable, recipe.ema)
+        if done in LOOKS:
+            found[done] = {"last": loss(trainer.trainable), "warm": loss(trainer.ema), "late": loss(late)}
+    trainer.close()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Rows, tables and pictures
+
+
+def log_row(path, command):
+    """The first, the middle and the last line of a training log, and the command that made it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    picked = [lines[0], lines[len(lines) // 2 - 1], lines[-1]]
+    return {"data": path.parts[1], "lines": [{key: round(value, 4) for key, value in line.items()}
+                                             for line in picked], "command": command}
+
+
+def judged_row(source):
+    """The first row of out/three/results.jsonl that was trained on `source`."""
+    rows = results.read_rows(pathlib.Path("out/three/results.jsonl"))
+    row = next(row for row in rows if row.get("train") == source and "accuracy" in row)
+    return {**row, "command": row["command"].replace("../three", "three")}
+
+
+def measure(data):
+    """All rows that results/method.jsonl does not have yet, and the pictures."""
+    train_main(["--device", "cpu"])                             # a finished base is left as it is
+    model, _ = models.load_model(BASE)
+    averages = {}
+
+    def average_row(step):
+        averages.update(averages or average_rows(data))
+        return averages[step]
+    jobs = {("x0", "x0_hat", t): lambda t=t: x0_row(model, data, t) for t in TIMES}
+    jobs["extreme", "both losses", None] = lambda: extreme_row(model, data)
+    jobs |= {("average", "loss", step): lambda step=step: average_row(step) for step in LOOKS}
+    logs = {name: (pathlib.Path(f"{log}.log.jsonl"), command) for name, (log, command) in LOGS.items()}
+    jobs |= {("losses", name, None): lambda log=log: log_row(*log) for name, log in logs.items()
+             if log[0].is_file()}
+    if pathlib.Path("out/three/results.jsonl").is_file():
+        jobs |= {("folder", name, None): lambda source=source: judged_row(source)
+                 for name, source in JUDGED.items()}
+    jobs = {name: lambda make=make: {"data": "digits", **make()} for name, make in jobs.items()}
+    report.measure(report.missing(jobs, RESULTS), RESULTS, report.machine(), lambda row: "measured")
+    figures.plot_x0(*predictions(model, data), ROOT / "assets" / "x0_hat.png")
+    figures.save_sheet(few_steps(model, data), ROOT / "assets" / "diversity.png",
+                       [f"{steps} steps, guidance {guidance}" for steps, guidance in SETTINGS])
+
+
+@torch.no_grad()
+def predictions(model, data, digits=(0, 4)):
+    """For the picture: (times, x_t, x0_hat), the last two (digits, times, 8, 8)."""
+    firsts = [int((data.test.labels == digit).nonzero()[0]) for digit in digits]
+    x0, labels = imageset.to_float(data.test.images[firsts]), data.test.labels[firsts]
+    _, eps = noised(x0, 0, seed=0)
+    found = [denoising_loss(model, Schedule(), x0, labels, torch.full_like(labels, t), eps) for t in TIMES]
+    return TIMES, *(torch.stack([part[:, 0] for part in parts], dim=1)
+                    for parts in ([f.xt for f in found], [f.x0_hat for f in found]))
+
+
+def few_steps(model, data, digit=4, columns=16):
+    """For the picture: one class from the same noise, a row of `columns` for each of SETTINGS."""
+    rows, found = torch.full((columns,), digit), []
+    for steps, guidance in SETTINGS:
+        predict = guided(model, rows, 10, guidance)
+        noise = image_noise(0, [(str(digit), k) for k in range(columns)], (1, 8, 8), "cpu")
+        found.append(imageset.to_uint8(sampler_of("ddim", steps)(predict, noise)))
+    return torch.stack(found)                                               # (rows, columns, 1, 8, 8)
+
+
+def tables(rows):
+    """The pages' generated parts, by name: rows of results/method.jsonl -> {name: markdown}."""
+    of = {name: [row for row in rows if row["table"] == name]
+          for name in ("x0", "average", "losses", "folder")}
+    number = lambda value: "" if value is None else f"{value:.3f}"
+
+    def line(row):
+        ends = " | ".join(f"{end['step']:,}: {end['loss']:.3f}" for end in row["lines"])
+        last = row["lines"][-1]
+        extra = f"repr {last['repr']:.2f}, div {last['div']:.2f}" if "repr" in last else "–"
+        return f"| {row['row']} | {ends} | {extra} | {last['seconds'] / 60:.1f} |"
+    return {
+        "x0_hat": report.table("| t | error of eps_hat | sqrt(1 - abar) / sqrt(abar) | error of x0_hat | "
+                               "cosine of x0_hat and x_0 |", [
+            f"| {row['asked']} | {number(row['eps_error'])} | {row['factor']:.2f} | "
+            f"{number(row['x0_error'])} | {row['cosine']:.2f} |" for row in of["x0"]]),
+        "gaussian": report.table(f"| grid | {' | '.join(f'{n} steps' for n in STEPS)} |", [
+            f"| {grid} | {' | '.join(f'{gaussian_deviation(n, grid):.3f}' for n in STEPS)} |"
+            for grid in GRIDS]),
+        "average": report.table("| after step | the weights themselves | their average, warmed up | their "
+                                "average with decay .995 from the start |", [
+            f"| {row['asked']:,} | {' | '.join(number(row[key]) for key in ('last', 'warm', 'late'))} |"
+            for row in of["average"]]),
+        "losses": report.table("| run | early | halfway | at the end | min-max losses at the end | minutes |",
+                               [line(row) for row in of["losses"]]),
+        "folder": report.table("| trained on | images a class | accuracy, % |", [
+            f"| {row['row']} | {row['ipc']} | {row['mean']:.1f} ± {row['std']:.1f} |"
+            for row in of["folder"]]),
+    }
+
+
+def main(argv=None):
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--tables", action="store_true",
+                        help="measure nothing; rewrite the tables and the picture of the toy")
+    args = parser.parse_args(argv)
+    with running.command(parser, args):
+        if not args.tables:
+            measure(datasets.load())
+        rows = results.read_rows(RESULTS)
+        if not rows:
+            raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
+        figures.plot_toy(real_directions, toy, ROOT / "assets" / "minmax.png")
+        report.write_pages(tables(rows))
+        print(f"docs/method.md and docs/users.md show the {len(rows)} rows of results/{RESULTS.name}")
+
+
+if __name__ == "__main__":
+    main()
