@@ -4,12 +4,11 @@
     python benchmarks/method.py --tables   # measures nothing: rewrites the tables from results/method.jsonl
 
 Rows are kept in results/method.jsonl; those that are there are not measured again. Everything runs on the CPU
-and on the digits; the two toys need no network. docs/users.md has two tables of runs that were made by hand,
-out of what they left in out/: the losses, and the judges of a folder of three classes.
+and on the digits. docs/users.md has two tables of runs that were made by hand, out of what they left in out/:
+the losses, and the judges of a folder of three classes.
 """
 import copy
 import json
-import math
 import pathlib
 import sys
 
@@ -20,11 +19,12 @@ import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads 
 import torch
 
 import method_figures as figures
+import method_toys as toys
 import report
 from diffusion import DiT, Schedule, denoising_loss, train, training_batch
 from diffusion import main as train_main
 from memory import Memory
-from minimax import CRITERIA, cosines
+from minimax import cosines
 from nanodd import cli, running
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError
@@ -51,59 +51,7 @@ JUDGED = {                                                      # row -> "train"
     "real, k-means centroids": "kmeans", "all real images": "full"}
 
 # ----------------------------------------------------------------------------------------------------
-# 1. Toys: directions in the plane as embeddings, and a Gaussian of one number
-
-
-def directions(degrees):
-    """Angles (n,) in degrees -> unit vectors (n, 2)."""
-    return torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=1)
-
-
-def real_directions(outlier=False):
-    """The angles of 64 embeddings: 57 about 30 degrees and 7 about 110; the last one an outlier at 170."""
-    rng = torch.Generator().manual_seed(0)
-    large, rare = (mean + 8 * torch.randn(n, generator=rng) for mean, n in ((30, 57), (110, 7)))
-    return torch.cat([large, rare[:-1], torch.tensor([170.0])] if outlier else [large, rare])
-
-
-def toy(criterion, diverse, outlier=False, steps=3000, rate=300.0):
-    """Where a loss alone leads 64 predictions that start about 30 degrees: their angles (64,), in degrees.
-
-    criterion: "minmax" or "naive" (means). diverse: L_d, or else L_r. Eight predictions a step, with the
-    memories of minimax.py: all real embeddings, and the latest 64 predictions.
-    """
-    rng = torch.Generator().manual_seed(1)
-    angles = (30 + 8 * torch.randn(64, generator=rng)).requires_grad_()
-    real, generated = directions(real_directions(outlier)), Memory(64, "fifo")
-    loss_of = CRITERIA[criterion][diverse]
-    optimizer = torch.optim.SGD([angles], lr=rate)
-    for _ in range(steps):
-        z = directions(angles[torch.randperm(64, generator=rng)[:8]])       # (8, 2)
-        batch = real[torch.randperm(64, generator=rng)[:8]]
-        loss = loss_of(z, batch, generated.get(0) if diverse else real)
-        if torch.is_tensor(loss):                               # 0.0 while the memory is empty
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        generated.push(0, z)
-    return angles.detach()
-
-
-def gaussian_deviation(steps, grid, std=0.3):
-    """What DDIM makes of a Gaussian with deviation `std` and a perfect denoiser: the deviation it returns.
-
-    The denoiser is linear, so that DDIM multiplies its noise by a number: this deviation.
-    """
-    sampler = sampler_of("ddim", steps, grid)
-
-    def predict(x, t):                                          # E[eps | x_t], the mean of the data being 0
-        abar = sampler.schedule.abar_at(t)
-        return math.sqrt(1 - abar) * x / (abar * std**2 + 1 - abar), None
-    return sampler(predict, lambda k: torch.ones(1, 1, 1, 1, dtype=torch.float64)).item()
-
-
-# ----------------------------------------------------------------------------------------------------
-# 2. The base model: its one-step prediction, and which prediction is the extreme one
+# 1. The base model: its one-step prediction, and which prediction is the extreme one
 
 
 def noised(x0, t, seed):
@@ -124,6 +72,15 @@ def x0_row(model, data, t):
     signal, noise = (part.item() for part in Schedule().at(torch.tensor([t])))
     return {"factor": round(noise / signal, 2), "eps_error": error(denoised.eps_hat, eps),
             "x0_error": error(denoised.x0_hat, x0), "cosine": round(cosine.mean().item(), 3)}
+
+
+def reference_row(data):
+    """The same numbers of a guess that knows the class alone: its mean training image."""
+    train, x0 = imageset.to_float(data.train.images), imageset.to_float(data.test.images)
+    means = torch.stack([train[data.train.labels == c].mean(dim=0) for c in range(10)])     # (10, 1, 8, 8)
+    guess = means[data.test.labels]                                         # (540, 1, 8, 8)
+    cosine = torch.cosine_similarity(guess.flatten(1), x0.flatten(1)).mean().item()
+    return {"x0_error": round((guess - x0).pow(2).mean().sqrt().item(), 4), "cosine": round(cosine, 3)}
 
 
 @torch.no_grad()
@@ -155,7 +112,7 @@ def extreme_row(model, data, batches=400):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 3. The average of the weights
+# 2. The average of the weights
 
 
 def average_rows(data):
@@ -187,7 +144,7 @@ def average_rows(data):
 
 
 # ----------------------------------------------------------------------------------------------------
-# 4. Rows, tables and pictures
+# 3. Rows, tables and pictures
 
 
 def log_row(path, command):
@@ -215,6 +172,7 @@ def measure(data):
         averages.update(averages or average_rows(data))
         return averages[step]
     jobs = {("x0", "x0_hat", t): lambda t=t: x0_row(model, data, t) for t in TIMES}
+    jobs["reference", "mean of the class", None] = lambda: reference_row(data)
     jobs["extreme", "both losses", None] = lambda: extreme_row(model, data)
     jobs |= {("average", "loss", step): lambda step=step: average_row(step) for step in LOOKS}
     logs = {name: (pathlib.Path(f"{log}.log.jsonl"), command) for name, (log, command) in LOGS.items()}
@@ -258,24 +216,23 @@ def tables(rows):
     number = lambda value: "" if value is None else f"{value:.3f}"
 
     def line(row):
-        ends = " | ".join(f"{end['step']:,}: {end['loss']:.3f}" for end in row["lines"])
-        last = row["lines"][-1]
-        extra = f"repr {last['repr']:.2f}, div {last['div']:.2f}" if "repr" in last else "–"
-        return f"| {row['row']} | {ends} | {extra} | {last['seconds'] / 60:.1f} |"
+        ends, last = " | ".join(f"{end['loss']:.3f}" for end in row["lines"]), row["lines"][-1]
+        extra = f"{last['repr']:.2f} | {last['div']:.2f}" if "repr" in last else "– | –"
+        return f"| {row['row']} | {last['step']:,} | {ends} | {extra} | {last['seconds'] / 60:.1f} |"
     return {
         "x0_hat": report.table("| t | error of eps_hat | sqrt(1 - abar) / sqrt(abar) | error of x0_hat | "
                                "cosine of x0_hat and x_0 |", [
             f"| {row['asked']} | {number(row['eps_error'])} | {row['factor']:.2f} | "
             f"{number(row['x0_error'])} | {row['cosine']:.2f} |" for row in of["x0"]]),
         "gaussian": report.table(f"| grid | {' | '.join(f'{n} steps' for n in STEPS)} |", [
-            f"| {grid} | {' | '.join(f'{gaussian_deviation(n, grid):.3f}' for n in STEPS)} |"
+            f"| {grid} | {' | '.join(f'{toys.gaussian_deviation(n, grid):.3f}' for n in STEPS)} |"
             for grid in GRIDS]),
         "average": report.table("| after step | the weights themselves | their average, warmed up | their "
                                 "average with decay .995 from the start |", [
             f"| {row['asked']:,} | {' | '.join(number(row[key]) for key in ('last', 'warm', 'late'))} |"
             for row in of["average"]]),
-        "losses": report.table("| run | early | halfway | at the end | min-max losses at the end | minutes |",
-                               [line(row) for row in of["losses"]]),
+        "losses": report.table("| run | steps | loss, first tenth | fifth tenth | last tenth | L_r at the "
+                               "end | L_d at the end | minutes |", [line(row) for row in of["losses"]]),
         "folder": report.table("| trained on | images a class | accuracy, % |", [
             f"| {row['row']} | {row['ipc']} | {row['mean']:.1f} ± {row['std']:.1f} |"
             for row in of["folder"]]),
@@ -293,7 +250,7 @@ def main(argv=None):
         rows = results.read_rows(RESULTS)
         if not rows:
             raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
-        figures.plot_toy(real_directions, toy, ROOT / "assets" / "minmax.png")
+        figures.plot_toy(toys, ROOT / "assets" / "minmax.png")
         report.write_pages(tables(rows))
         print(f"docs/method.md and docs/users.md show the {len(rows)} rows of results/{RESULTS.name}")
 

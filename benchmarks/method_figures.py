@@ -33,7 +33,7 @@ def save_sheet(images, path, titles):
         framed = torch.nn.functional.pad(row, (1, 0, 0, 0), value=128)
         show(axes, rearrange(framed, "n 1 h w -> h (n w)") / 127.5 - 1)
         axes.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -43,15 +43,15 @@ def on_circle(axes, degrees, radius, label, color):
     axes.scatter(radius * angles.cos(), radius * angles.sin(), s=14, alpha=0.6, label=label, color=color)
 
 
-def plot_toy(real, toy, path):
-    """Where L_r and L_d lead, with means and with extremes. real, toy: the functions of method.py."""
+def plot_toy(toys, path):
+    """Where L_r and L_d lead, with means and with extremes. toys: the module method_toys."""
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
     titles = ["L_r, two modes", "L_r, two modes and one outlier", "L_d, from the large mode"]
     for axes, title, (diverse, outlier) in zip(panels, titles, [(0, 0), (0, 1), (1, 0)], strict=True):
         axes.add_patch(pyplot.Circle((0, 0), 1, fill=False, color="lightgrey"))
-        on_circle(axes, real(outlier), 1, "real images", "grey")
-        on_circle(axes, toy("naive", diverse, outlier), 0.88, "predictions, mean", "tab:blue")
-        on_circle(axes, toy("minmax", diverse, outlier), 0.76,
+        on_circle(axes, toys.real_directions(outlier), 1, "real images", "grey")
+        on_circle(axes, toys.toy("naive", diverse, outlier), 0.88, "predictions, mean", "tab:blue")
+        on_circle(axes, toys.toy("minmax", diverse, outlier), 0.76,
                   f"predictions, {'max' if diverse else 'min'}", "tab:orange")
         axes.set(title=title, xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
         axes.legend(fontsize=8, loc="center")

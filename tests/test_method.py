@@ -7,6 +7,7 @@ import torch
 
 import diffusion
 import memory
+import sample
 from gaussian import returned
 from nanodd.judging import results
 from nanodd.networks import models, training
@@ -29,50 +30,69 @@ def test_the_tables_are_what_was_measured(rows):
 
 
 def test_the_toy_ends_where_the_page_says():
-    import method
-    middle = lambda *how: f"{method.toy(*how).median():.0f} degrees"
-    ends = lambda *how: "from {:.0f} to {:.0f} degrees".format(*method.toy(*how).aminmax())
-    assert f"(`--naive`) gathers the predictions at {middle('naive', False)}" in METHOD
+    import method_toys as toys
+    middle = lambda *how: f"{toys.toy(*how).median():.0f} degrees"
+    ends = lambda angles: "from {:.0f} to {:.0f} degrees".format(*angles.aminmax())
+    assert f"The mean gathers the predictions at {middle('naive', False)}" in METHOD
     assert f"The minimum gathers them at {middle('minmax', False)}" in METHOD
     assert f"at 170 degrees moves all predictions to {middle('minmax', False, True)}" in METHOD
-    assert f"far side of the circle, {ends('naive', True)}" in METHOD
-    assert f"hardly moves the rest: {ends('minmax', True)}" in METHOD
-    assert "Of 64 real images 57 lie about 30 degrees, 7 about 110 degrees" in METHOD
-    real = method.real_directions()
+    assert f"all around the circle, {ends(toys.toy('naive', True))}" in METHOD
+    start, end = toys.start_directions()[0], toys.toy("minmax", True)
+    assert ends(start) == ends(end) and f"stay where they were, {ends(end)}" in METHOD
+    closest = lambda angles: angles.sort().values.diff().min()
+    assert closest(end) > closest(start) + 0.1                  # "only the closest of them move apart"
+    real = toys.real_directions()
+    assert "of 64 real ones 57 lie about 30 degrees and 7 about 110 degrees" in METHOD
     assert ((real > 0) & (real < 60)).sum() == 57 and (real > 90).sum() == 7
 
 
 def test_the_minimum_of_the_toy_is_midway_and_the_mean_is_the_mean_direction():
-    import method
+    import method_toys as toys
     for outlier in (False, True):
-        real = method.real_directions(outlier)
-        assert method.toy("minmax", False, outlier).median() == pytest.approx(
+        real = toys.real_directions(outlier)
+        assert toys.toy("minmax", False, outlier).median() == pytest.approx(
             (real.min() + real.max()).item() / 2, abs=1.0)
-    centre = method.directions(method.real_directions()).mean(dim=0)
-    assert method.toy("naive", False).median() == pytest.approx(
+    centre = toys.directions(toys.real_directions()).mean(dim=0)
+    assert toys.toy("naive", False).median() == pytest.approx(
         torch.atan2(centre[1], centre[0]).rad2deg().item(), abs=1.0)
 
 
 def test_the_gaussian_table_is_that_of_the_tests_own_denoiser():
     import method
+    from method_toys import gaussian_deviation
     for grid in method.GRIDS:
         for steps in method.STEPS:
-            assert method.gaussian_deviation(steps, grid) == pytest.approx(
-                returned("ddim", steps, grid)[1], rel=1e-9)
-    assert "Its deviation is 0.300" in METHOD
+            assert gaussian_deviation(steps, grid) == pytest.approx(returned("ddim", steps, grid)[1])
+    assert "Gaussian of deviation 0.300" in METHOD
+    # what the last jump of ten uniform steps keeps of the exact flow's spread, and the others together
+    t, schedule = sample.timesteps(10, "uniform")[-2], diffusion.Schedule()
+    spread = lambda abar: (abar * 0.3**2 + 1 - abar) ** 0.5
+    abar, end = schedule.abar_at(t), schedule.abar_at(0)
+    eps_hat = (1 - abar) ** 0.5 / spread(abar)                  # of x = the deviation at t
+    x0_hat = (spread(abar) - (1 - abar) ** 0.5 * eps_hat) / abar**0.5
+    kept = sample.ddim_step(x0_hat, eps_hat, abar, end) / spread(end)
+    before = gaussian_deviation(10, "uniform") / 0.3 / kept
+    assert (f"from t = {t} to 0, keeps {kept:.2f} of the spread, and all jumps before it together "
+            f"{before:.2f}") in METHOD
 
 
 def test_what_is_said_of_the_extremes_and_the_losses_is_what_was_measured(rows):
     extreme = rows["extreme", "both losses", None]
-    assert f"on the digits {extreme['min_above']} % of the smallest cosines belong" in METHOD
-    assert f"which L_d looks at, {extreme['max_above']} % do" in METHOD
-    early, _, late = rows["losses", "digits, fine-tuning", None]["lines"]
-    assert (f"`repr` is {early['repr']:.2f} at first and {late['repr']:.2f} at the end, `div` "
-            f"{early['div']:.2f} and {late['div']:.2f}") in METHOD
+    assert f"of the digits {extreme['min_above']} % of the smallest cosines belong" in METHOD
+    assert f"which L_d takes, {extreme['max_above']} % do" in METHOD
+    early, half, late = rows["losses", "digits, fine-tuning", None]["lines"]
+    assert f"`repr` is {early['repr']:.2f} at first and {late['repr']:.2f} at the end" in METHOD
+    assert f"`div` stays at {half['div']:.2f}" in METHOD and f"{half['div']:.2f}" == f"{late['div']:.2f}"
+    guess = rows["reference", "mean of the class", None]
+    assert f"has an error of {guess['x0_error']:.3f} and a cosine of {guess['cosine']:.2f}" in METHOD
+    worse = [t for (name, _, t), row in rows.items() if name == "x0" and row["x0_error"] > guess["x0_error"]]
+    assert min(worse) == 600                                    # "from about t = 600 on"
     assert f"`repr` stays at {late['repr']:.2f} to {early['repr']:.2f}" in PAGES["docs/digits.md"]
+    uvit = rows["losses", "digits, U-ViT", None]["lines"][-1]["seconds"] / 60
+    assert f"1.1M parameters, in {uvit:.1f} minutes on two CPU cores" in PAGES["docs/challenge.md"]
     base, tuning = (rows["losses", name, None]["lines"][-1]["seconds"] / 60 for name in (
         "three classes of CIFAR-100, as a folder", "the same, fine-tuning"))
-    assert f"({base:.0f} minutes on two CPU cores for 1,500 images" in USERS
+    assert f"for 3,000 steps ({base:.0f} minutes on two CPU cores" in USERS
     assert f"fine-tunes it for 400 steps ({tuning:.1f} minutes)" in USERS
 
 
@@ -81,8 +101,9 @@ def test_what_is_said_of_the_networks_weights_follows_from_them():
     tuned, parameters = set(models.difffit_parameters(network)), dict(network.named_parameters())
     count = sum(parameters[name].numel() for name in tuned)
     assert f"{count:,} of {sum(p.numel() for p in parameters.values()):,} parameters" in METHOD
-    assert f"still {100 * 0.995**100:.0f} % of it after 100 steps" in METHOD
-    assert f"after 12,000 steps {100 * 0.9999**12_000:.0f} % of what is sampled" in METHOD
+    assert f"still {100 * 0.995**100:.0f} % of the average after 100 steps" in METHOD
+    assert f"After 12,000 steps {100 * 0.9999**12_000:.0f} % of each tuned weight" in METHOD
+    assert round(10 * (1 - 0.9**8)) == 6                        # classes of a batch of 8: "about 6"
     assert training.ema_decay(899, .995) == pytest.approx(900 / 909)       # "a tenth of the steps so far"
     abar = diffusion.Schedule().abar
     assert f"falls from {abar[0]:.4f} to {abar[-1]:.5f}" in METHOD
@@ -96,20 +117,40 @@ def test_what_is_said_of_digits_is_what_was_measured():
     gains = [row["best"] - row["mean"] for row in found if "best" in row]
     assert (f"worth {statistics.mean(gains):.2f} points on average, and up to {max(gains):.2f} ({len(gains)} "
             "rows") in METHOD
-    recall = {row["row"]: f"{row['metrics']['recall']:.2f}" for row in found if row["table"] == "map"}
+    of = {row["row"]: row for row in found if row["table"] == "map"}
+    recall = {name: f"{row['metrics']['recall']:.2f}" for name, row in of.items()}
     steps = [recall[name] for name in ("50 steps, guidance 1", "guidance 1", "5 steps, guidance 1",
                                        "3 steps, guidance 1")]
     assert "recall is {} at 50 steps, {} at 10, {} at 5 and {} at 3.".format(*steps) in METHOD
-    diverse = recall["lambda_d 0.05, 5 steps, guidance 1"]
-    assert f"lambda_d 0.05 raises recall from {steps[2]} to {diverse}" in METHOD
-    assert f"At lambda_r 0.2 recall falls from {steps[1]} to {recall['lambda_r 0.2, guidance 1']}" in METHOD
-    assert f"from w = 1 (none) to 2 recall falls from {steps[1]} to {recall['guidance 2']}" in METHOD
+    plain, diverse = of["5 steps, guidance 1"], of["lambda_d 0.05, 5 steps, guidance 1"]
+    precision, accuracy = ([f(row) for row in (plain, diverse)] for f in (
+        lambda row: row["metrics"]["precision"], lambda row: row["two_hundred_mean"]))
+    assert (f"raises recall from {steps[2]} to {diverse['metrics']['recall']:.2f} and lowers precision from "
+            "{:.2f} to {:.2f}; accuracy at 200 a class rises from {:.1f} to {:.1f} %".format(
+                *precision, *accuracy)) in METHOD
+    assert f"lambda_r 0.2 lowers recall from {steps[1]} to {recall['lambda_r 0.2, guidance 1']}" in METHOD
+    large = [of[name]["two_hundred_mean"] for name in ("guidance 1", "guidance 2")]
+    assert (f"falls from {steps[1]} at w = 1 to {recall['guidance 2']} at 2, and accuracy at 200 a class "
+            "from {:.1f} to {:.1f} %".format(*large)) in METHOD
+    said = {(row["table"], row["row"], row["asked"]): f"{row['mean']:.1f} ± {row['std']:.1f} %"
+            for row in found}
+    naive, minmax = (said["ablation", f"+ L_r + L_d, {how}", 10] for how in ("naive", "FIFO (the default)"))
+    assert f"the naive pair of losses makes {naive}, min-max {minmax}" in METHOD
+    turbo = {(row["row"], row["ipc"]): row["metrics"] for row in found if row["table"] == "turbo"}
+    ddim, pp = (turbo[f"base, {name}, 5 steps", 10] for name in ("DDIM", "DPM-Solver++(2M)"))
+    assert (f"have recall {ddim['recall']:.2f}, those of DPM-Solver++(2M), which looks one step back, "
+            f"{pp['recall']:.2f}, for less precision ({pp['precision']:.2f} in place of "
+            f"{ddim['precision']:.2f})") in METHOD
+    one, ten = "student, 1 step", "base, DDIM, 10 steps"
+    assert (f"{said['turbo', one, 50]} at fifty a class where the base makes {said['turbo', ten, 50]} in ten "
+            f"steps, with recall {turbo[one, 50]['recall']:.2f} in place of "
+            f"{turbo[ten, 50]['recall']:.2f}") in METHOD
     of = {row["row"]: row for row in found if row["table"] == "pairs"}
     kept, modes = (f"{of[name]['mean']:.1f} ± {of[name]['std']:.1f}" for name in (
         "base model, with modes, a quarter kept", "base model, with modes"))
-    assert f"makes {kept} in place of {modes} over ten seeds" in USERS
+    assert f"ten seeds make {kept}, without it {modes}" in USERS
     plain, = (row for row in found if row["row"] == "**distilled**" and row["ipc"] == 10)
-    assert f"on the digits {plain['std']:.1f} points at ten a class" in USERS
+    assert f"differ by a deviation of {plain['std']:.1f} points at ten a class" in USERS
 
 
 def test_the_memories_hold_what_the_page_counts(capsys):
@@ -117,7 +158,7 @@ def test_the_memories_hold_what_the_page_counts(capsys):
     held = dict(line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if " | " in line)
     fifo, most = (next(text for name, text in held.items() if name.strip() == rule).split(" of ")[0].strip()
                   for rule in ("fifo", "max"))
-    assert f"fifo holds {fifo} of that mode and the adaptive rule {most}." in METHOD
+    assert f"of 64 entries fifo holds {fifo} of that mode (6 on average) and `max` {most}." in METHOD
 
 
 def test_every_picture_is_shown_and_small():
