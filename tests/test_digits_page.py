@@ -180,8 +180,8 @@ def test_what_is_said_of_one_step_is_what_was_measured():
     gains = [of[ten, ipc]["per_thousand"] / of[one, ipc]["per_thousand"] for ipc in (10, 50)]
     assert "draws {:.1f} and {:.1f} times as many images a second".format(*gains) in DIGITS
     assert of[one, 10]["mean"] > of[ten, 10]["mean"] - 1        # within one point of ten steps
-    assert (f"little recall.** Recall falls from {metric('recall', ten, 50)} to {metric('recall', one, 50)}, while "
-            f"precision rises from {metric('precision', ten, 50)} to "
+    assert (f"little recall.** Recall falls from {metric('recall', ten, 50)} to "
+            f"{metric('recall', one, 50)}, while precision rises from {metric('precision', ten, 50)} to "
             f"{metric('precision', one, 50)}.") in DIGITS
     assert (f"two steps recall is {metric('recall', two, 50)}, at a precision of "
             f"{metric('precision', two, 50)}, and the accuracy {said(two, 50)} %") in DIGITS
