@@ -118,8 +118,8 @@ def test_what_is_said_of_digits_is_what_was_measured():
     import digits
     found = results.read_rows(digits.RESULTS)
     gains = [row["best"] - row["mean"] for row in found if "best" in row]
-    assert (f"worth {statistics.mean(gains):.2f} points on average, and up to {max(gains):.2f} ({len(gains)} "
-            "rows") in METHOD
+    assert (f"worth {statistics.mean(gains):.2f} points on average over the {len(gains)} rows of "
+            f"results/digits.jsonl that have it, and up to {max(gains):.2f}.") in METHOD
     of = {row["row"]: row for row in found if row["table"] == "map"}
     recall = {name: f"{row['metrics']['recall']:.2f}" for name, row in of.items()}
     steps = [recall[name] for name in ("50 steps, guidance 1", "guidance 1", "5 steps, guidance 1",
@@ -149,8 +149,8 @@ def test_what_is_said_of_digits_is_what_was_measured():
     turbo = {(row["row"], row["ipc"]): row["metrics"] for row in found if row["table"] == "turbo"}
     ddim, pp = (turbo[f"base, {name}, 5 steps", 10] for name in ("DDIM", "DPM-Solver++(2M)"))
     assert (f"DDIM has recall {ddim['recall']:.2f}, DPM-Solver++(2M), which also uses the step before, "
-            f"{pp['recall']:.2f}, for less precision ({pp['precision']:.2f} in place of "
-            f"{ddim['precision']:.2f}) and no better accuracy (" + " and ".join(
+            f"{pp['recall']:.2f}, at the cost of precision ({pp['precision']:.2f} in place of "
+            f"{ddim['precision']:.2f}) and no better accuracy without guidance (" + " and ".join(
                 said["turbo", f"base, {name}, 5 steps", 10].removesuffix(" %")
                 for name in ("DPM-Solver++(2M)", "DDIM")) + " %)") in METHOD
     one, ten = "student, 1 step", "base, DDIM, 10 steps"
@@ -158,10 +158,11 @@ def test_what_is_said_of_digits_is_what_was_measured():
             f"steps, with recall {turbo[one, 50]['recall']:.2f} in place of "
             f"{turbo[ten, 50]['recall']:.2f}") in METHOD
     of = {row["row"]: row for row in found if row["table"] == "pairs"}
-    for one, two, words in (("lambda_d 0.05, 5 steps", "base model, 5 steps", "points more at 200 a class"),
-                            ("base model, 10 steps", "lambda_d 0.05, 5 steps", "more still")):
+    for one, two, words in (("lambda_d 0.05, 5 steps", "base model, 5 steps", " at 200 a class ("),
+                            ("base model, 10 steps", "lambda_d 0.05, 5 steps", ", ")):
         each = torch.tensor(of[one]["accuracy"]).double() - torch.tensor(of[two]["accuracy"]).double()
-        assert f"{each.mean():.2f} ± {each.std() / len(each) ** 0.5:.2f} {words}" in METHOD
+        error = each.std() / len(each) ** 0.5
+        assert f"{each.mean():.2f} points more{words}standard error {error:.2f}" in METHOD
     kept, modes = (f"{of[name]['mean']:.1f} ± {of[name]['std']:.1f}" for name in (
         "base model, with modes, a quarter kept", "base model, with modes"))
     assert f"ten seeds make {kept}, without it {modes}" in USERS
