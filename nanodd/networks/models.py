@@ -150,7 +150,7 @@ def new_tuned(args, run, data, phase, base, path):
           f"device {run.device}{' bf16' * plan.bf16} x {processes.world()} | {tuned_count:,} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters tuned | {plan.steps} steps of "
           f"{plan.batch} | lambda_r {args.lambda_r:g} lambda_d {args.lambda_d:g} | "
-          f"memory {','.join(args.memory)} x {args.slots} | seed {run.seed}")
+          f"criterion {args.criterion} | memory {','.join(args.memory)} x {args.slots} | seed {run.seed}")
     schedule = checkpoint.schedule_of(base_header["schedule"], base, run.device)
     header = {**checkpoint.new_header(data, config, settings, run.command, schedule), "rows": rows,
               "phase": phase, "base": {"file": os.path.relpath(base, path.parent),
