@@ -4,7 +4,7 @@
     L_d = mean over the classes c in the batch of      max cos(z_hat[c], generated memory[c])
     L   = L_diff + lambda_r L_r + lambda_d L_d         Gu et al. 2024, eq. 3 to 5; Fan et al. 2025, eq. 2 to 4
 
-    python minimax.py          # half a minute on two CPU cores; the first time 6, base model included
+    python minimax.py          # half a minute on two CPU cores; the first time 5, base model included
     python minimax.py --data imagewoof --root /data/imagenet        # Gu et al. 2024, from DiT-XL/2's weights
     torchrun --nproc-per-node=4 minimax.py ...                      # the batch divided over four GPUs
 

@@ -70,7 +70,8 @@ def tables(rows, scale=cifar100_rows.FULL):
     def trained_on(row):
         real = row["row"] in (REAL, ALL)
         return row["row"] if real else f"{row['model']}, {row['steps']} steps, drawn in {row['drawn']:.1f} s"
-    both = {"trained on": trained_on, "images a class": lambda row: row["ipc"], "accuracy, % (n)": spread}
+    both = {"trained on": trained_on, "images a class": lambda row: row["ipc"],
+            "accuracy, % (n)": lambda row: f"{spread(row)} ({row['runs']})"}
     speed = there.get(("speed", BASE, None))
     return {
         "cifar100 last": part("last", lambda who, asked: (asked or math.inf, who != REAL), {

@@ -27,8 +27,7 @@ import digits_turbo
 import report
 from nanodd import cli, running
 from nanodd.data import datasets
-from nanodd.errors import UserError
-from nanodd.judging import baselines, metrics, results
+from nanodd.judging import baselines, metrics
 from report import machine, summary, type_in, write_pages
 from train_eval import count_epochs, evaluate, real_judge, train_judges
 
@@ -145,9 +144,7 @@ def main(argv=None):
             data = datasets.load()
             data = data._replace(train=data.train.to(device), test=data.test.to(device))
             measure(data, cli.gains_from_bf16(device))
-        rows = results.read_rows(RESULTS)
-        if not rows:
-            raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
+        rows = report.rows_to_show(RESULTS)
         figures.plot_steps(rows, BUDGET, ROOT / "assets" / "steps.png")
         figures.plot_map(rows, ROOT / "assets" / "map.png")
         if any(row["table"] == "curves" for row in rows):

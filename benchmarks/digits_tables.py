@@ -8,7 +8,7 @@ from the function that makes the rows.
 import re
 from typing import NamedTuple
 
-from report import table
+from report import spread, table
 
 FRONT = ("real, at random", "real, herding", "real, k-center", "real, k-means centroids", "**distilled**",
          "**distilled, with modes, a quarter kept**")
@@ -30,11 +30,6 @@ def rounded(name, digits):
 def metric(name):
     """The cell of one of the row's metrics."""
     return lambda row: f"{row['metrics'][name]:.2f}"
-
-
-def spread(row, name="", digits=1):
-    """Mean ± sample standard deviation; n stands under the table."""
-    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f}"
 
 
 def flags(script, *common):

@@ -8,6 +8,7 @@ and on the digits. docs/users.md has two tables of runs that were made by hand, 
 the losses, and the judges of a folder of three classes.
 """
 import copy
+import functools
 import json
 import pathlib
 import sys
@@ -22,12 +23,10 @@ import method_figures as figures
 import method_toys as toys
 import report
 from diffusion import DiT, Schedule, denoising_loss, train, training_batch
-from diffusion import main as train_main
 from memory import Memory
-from minimax import cosines
+from minimax import by_class, cosines
 from nanodd import cli, running
 from nanodd.data import datasets, imageset
-from nanodd.errors import UserError
 from nanodd.judging import results
 from nanodd.networks import models, training
 from sample import guided, image_noise, sampler_of
@@ -54,33 +53,33 @@ JUDGED = {                                                      # row -> "train"
 # 1. The base model: its one-step prediction, and which prediction is the extreme one
 
 
-def noised(x0, t, seed):
-    """(t, eps) for a batch x0 (B, C, H, W): t (B,) int64, the number t or, for None, random times."""
-    rng = torch.Generator().manual_seed(seed)
-    times = torch.randint(1000, (len(x0),), generator=rng) if t is None else torch.full((len(x0),), t)
-    return times, torch.randn(x0.shape, generator=rng)
+def error(guess, x):
+    """The root of the mean square difference over all pixels."""
+    return round((guess - x).pow(2).mean().sqrt().item(), 4)
+
+
+def closeness(guess, x0):
+    """How far guesses (N, 1, 8, 8) are from the images x0, and their mean cosine with them."""
+    cosine = torch.cosine_similarity(guess.flatten(1), x0.flatten(1))
+    return {"x0_error": error(guess, x0), "cosine": round(cosine.mean().item(), 3)}
 
 
 @torch.no_grad()
 def x0_row(model, data, t):
-    """How good x0_hat is at time t on the test digits: errors are root mean squares over their pixels."""
-    x0 = imageset.to_float(data.test.images)                                # (540, 1, 8, 8) in [-1, 1]
-    times, eps = noised(x0, t, seed=t)
-    denoised = denoising_loss(model, Schedule(), x0, data.test.labels, times, eps)
-    error = lambda a, b: round((a - b).pow(2).mean().sqrt().item(), 4)
-    cosine = torch.cosine_similarity(denoised.x0_hat.flatten(1), x0.flatten(1))
+    """How good x0_hat is at time t on the test digits."""
+    x0, labels = imageset.to_float(data.test.images), data.test.labels      # (540, 1, 8, 8) in [-1, 1]
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t))
+    denoised = denoising_loss(model, Schedule(), x0, labels, torch.full_like(labels, t), eps)
     signal, noise = (part.item() for part in Schedule().at(torch.tensor([t])))
     return {"factor": round(noise / signal, 2), "eps_error": error(denoised.eps_hat, eps),
-            "x0_error": error(denoised.x0_hat, x0), "cosine": round(cosine.mean().item(), 3)}
+            **closeness(denoised.x0_hat, x0)}
 
 
 def reference_row(data):
     """The same numbers of a guess that knows the class alone: its mean training image."""
-    train, x0 = imageset.to_float(data.train.images), imageset.to_float(data.test.images)
-    means = torch.stack([train[data.train.labels == c].mean(dim=0) for c in range(10)])     # (10, 1, 8, 8)
-    guess = means[data.test.labels]                                         # (540, 1, 8, 8)
-    cosine = torch.cosine_similarity(guess.flatten(1), x0.flatten(1)).mean().item()
-    return {"x0_error": round((guess - x0).pow(2).mean().sqrt().item(), 4), "cosine": round(cosine, 3)}
+    train = by_class(imageset.to_float(data.train.images), data.train.labels.tolist())
+    means = torch.stack([images.mean(dim=0) for images in train.values()])              # (10, 1, 8, 8)
+    return closeness(means[data.test.labels], imageset.to_float(data.test.images))
 
 
 @torch.no_grad()
@@ -91,22 +90,21 @@ def extreme_row(model, data, batches=400):
     all times. The memories of the first 100 batches are still filling, and are left out.
     """
     real, generated, times = Memory(64, "fifo"), Memory(64, "fifo"), {"min": [], "max": []}
-    images, plan = data.train, training.Plan(steps=batches, batch=64, lr=0., decay=False, ema=0., seed=0,
-                                             flip=False)
-    rows = torch.arange(11)
+    plan = training.Plan(steps=batches, batch=64, lr=0., decay=False, ema=0., seed=0, flip=False)
+    rows, labels = torch.arange(11), data.train.labels
     for step in range(batches):
-        x0, y, t, eps = training_batch(images, plan, step, rows, Schedule())
-        labels = images.labels[training.batch_index(len(images.labels), 64, step, 0)]
-        z = denoising_loss(model, Schedule(), x0, y, t, eps).x0_hat.flatten(1)          # (64, 64)
-        for c in labels.unique().tolist():
-            own = z[labels == c]                                            # (n, 64)
+        x0, y, t, eps = training_batch(data.train, plan, step, rows, Schedule())
+        z = denoising_loss(model, Schedule(), x0, y, t, eps).x0_hat
+        batch_labels = labels[training.batch_index(len(labels), plan.batch, step, plan.seed)].tolist()
+        z, x0, t = (by_class(part, batch_labels) for part in (z.flatten(1), x0.flatten(1), t))
+        for c in z:                                                         # z[c] (n, 64), t[c] (n,)
             if step >= 100:
-                lowest = cosines(own, real.get(c)).min(dim=1).values.argmin()
-                highest = cosines(own, generated.get(c)).max(dim=1).values.argmax()
-                times["min"].append(t[labels == c][lowest].item())
-                times["max"].append(t[labels == c][highest].item())
-            real.push(c, x0[labels == c].flatten(1))
-            generated.push(c, own)
+                lowest = cosines(z[c], real.get(c)).min(dim=1).values.argmin()
+                highest = cosines(z[c], generated.get(c)).max(dim=1).values.argmax()
+                times["min"].append(t[c][lowest].item())
+                times["max"].append(t[c][highest].item())
+            real.push(c, x0[c])
+            generated.push(c, z[c])
     share = lambda found: round(100 * sum(t >= 800 for t in found) / len(found), 1)
     return {f"{name}_above": share(found) for name, found in times.items()} | {"n": len(times["min"])}
 
@@ -119,22 +117,22 @@ def average_rows(data):
     """Trains the digits' base model and compares, on the test digits, its weights and two averages of them.
 
     The loss is L_diff at four random (t, eps) a digit. "late" has the decay .995 from the first step on.
+    Returns {step: {"last", "warm", "late": the loss}} for LOOKS.
     """
-    recipe, rows = data.recipe, torch.arange(11)
+    recipe, rows, found = data.recipe, torch.arange(11), {}
     size, numbers = training.by_recipe(recipe)
     torch.manual_seed(0)
     model = DiT(size, recipe.size, recipe.patch, recipe.channels, 10)
     trainer = training.Trainer(model, training.Plan(**numbers, seed=0, flip=recipe.flip))
-    late, judged = copy.deepcopy(trainer.ema), DiT(size, recipe.size, recipe.patch, recipe.channels, 10)
-    x0 = imageset.to_float(data.test.images).repeat(4, 1, 1, 1)             # (2160, 1, 8, 8)
-    (times, eps), labels = noised(x0, None, seed=0), data.test.labels.repeat(4)
+    late = copy.deepcopy(trainer.ema)
+    x0, rng = imageset.to_float(data.test.images).repeat(4, 1, 1, 1), torch.Generator().manual_seed(0)
+    times = torch.randint(1000, (len(x0),), generator=rng)                  # (2160,)
+    eps, labels = torch.randn(x0.shape, generator=rng), data.test.labels.repeat(4)
 
+    @torch.no_grad()
     def loss(weights):
-        judged.load_state_dict({**model.state_dict(), **weights})
-        with torch.no_grad():
-            found = denoising_loss(judged.eval(), Schedule(), x0, labels, times, eps).loss
-        return round(found.mean().item(), 4)
-    found = {}
+        predict = lambda *inputs: torch.func.functional_call(model, weights, inputs)
+        return round(denoising_loss(predict, Schedule(), x0, labels, times, eps).loss.mean().item(), 4)
     for done, _ in enumerate(train(trainer, data.train, rows, Schedule()), 1):
         training.ema_update(late, trainer.trainable, recipe.ema)
         if done in LOOKS:
@@ -158,23 +156,18 @@ def log_row(path, command):
 def judged_row(source):
     """The first row of out/three/results.jsonl that was trained on `source`."""
     rows = results.read_rows(pathlib.Path("out/three/results.jsonl"))
-    row = next(row for row in rows if row.get("train") == source and "accuracy" in row)
-    return {**row, "command": row["command"].replace("../three", "three")}
+    return next(row for row in rows if row.get("train") == source and "accuracy" in row)
 
 
 def measure(data):
     """All rows that results/method.jsonl does not have yet, and the pictures."""
-    train_main(["--device", "cpu"])                             # a finished base is left as it is
+    report.type_in("python diffusion.py")                       # a finished base is left as it is
     model, _ = models.load_model(BASE)
-    averages = {}
-
-    def average_row(step):
-        averages.update(averages or average_rows(data))
-        return averages[step]
+    averages = functools.cache(lambda: average_rows(data))
     jobs = {("x0", "x0_hat", t): lambda t=t: x0_row(model, data, t) for t in TIMES}
     jobs["reference", "mean of the class", None] = lambda: reference_row(data)
     jobs["extreme", "both losses", None] = lambda: extreme_row(model, data)
-    jobs |= {("average", "loss", step): lambda step=step: average_row(step) for step in LOOKS}
+    jobs |= {("average", "loss", step): lambda step=step: averages()[step] for step in LOOKS}
     logs = {name: (pathlib.Path(f"{log}.log.jsonl"), command) for name, (log, command) in LOGS.items()}
     jobs |= {("losses", name, None): lambda log=log: log_row(*log) for name, log in logs.items()
              if log[0].is_file()}
@@ -193,7 +186,7 @@ def predictions(model, data, digits=(0, 4)):
     """For the picture: (times, x_t, x0_hat), the last two (digits, times, 8, 8)."""
     firsts = [int((data.test.labels == digit).nonzero()[0]) for digit in digits]
     x0, labels = imageset.to_float(data.test.images[firsts]), data.test.labels[firsts]
-    _, eps = noised(x0, 0, seed=0)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     found = [denoising_loss(model, Schedule(), x0, labels, torch.full_like(labels, t), eps) for t in TIMES]
     return TIMES, *(torch.stack([part[:, 0] for part in parts], dim=1)
                     for parts in ([f.xt for f in found], [f.x0_hat for f in found]))
@@ -213,7 +206,6 @@ def tables(rows):
     """The pages' generated parts, by name: rows of results/method.jsonl -> {name: markdown}."""
     of = {name: [row for row in rows if row["table"] == name]
           for name in ("x0", "average", "losses", "folder")}
-    number = lambda value: "" if value is None else f"{value:.3f}"
 
     def line(row):
         ends, last = " | ".join(f"{end['loss']:.3f}" for end in row["lines"]), row["lines"][-1]
@@ -222,20 +214,19 @@ def tables(rows):
     return {
         "x0_hat": report.table("| t | error of eps_hat | sqrt(1 - abar) / sqrt(abar) | error of x0_hat | "
                                "cosine of x0_hat and x_0 |", [
-            f"| {row['asked']} | {number(row['eps_error'])} | {row['factor']:.2f} | "
-            f"{number(row['x0_error'])} | {row['cosine']:.2f} |" for row in of["x0"]]),
+            f"| {row['asked']} | {row['eps_error']:.3f} | {row['factor']:.2f} | {row['x0_error']:.3f} | "
+            f"{row['cosine']:.2f} |" for row in of["x0"]]),
         "gaussian": report.table(f"| grid | {' | '.join(f'{n} steps' for n in STEPS)} |", [
             f"| {grid} | {' | '.join(f'{toys.gaussian_deviation(n, grid):.3f}' for n in STEPS)} |"
             for grid in GRIDS]),
         "average": report.table("| after step | the weights themselves | their average, warmed up | their "
                                 "average with decay .995 from the start |", [
-            f"| {row['asked']:,} | {' | '.join(number(row[key]) for key in ('last', 'warm', 'late'))} |"
+            f"| {row['asked']:,} | {row['last']:.3f} | {row['warm']:.3f} | {row['late']:.3f} |"
             for row in of["average"]]),
         "losses": report.table("| run | steps | loss, first tenth | fifth tenth | last tenth | L_r at the "
                                "end | L_d at the end | minutes |", [line(row) for row in of["losses"]]),
         "folder": report.table("| trained on | images a class | accuracy, % |", [
-            f"| {row['row']} | {row['ipc']} | {row['mean']:.1f} ± {row['std']:.1f} |"
-            for row in of["folder"]]),
+            f"| {row['row']} | {row['ipc']} | {report.spread(row)} |" for row in of["folder"]]),
     }
 
 
@@ -247,9 +238,7 @@ def main(argv=None):
     with running.command(parser, args):
         if not args.tables:
             measure(datasets.load())
-        rows = results.read_rows(RESULTS)
-        if not rows:
-            raise UserError(f"{RESULTS.name} has no rows yet: leave --tables out")
+        rows = report.rows_to_show(RESULTS)
         figures.plot_toy(toys, ROOT / "assets" / "minmax.png")
         report.write_pages(tables(rows))
         print(f"docs/method.md and docs/users.md show the {len(rows)} rows of results/{RESULTS.name}")

@@ -16,16 +16,19 @@ import nanodd  # noqa: F401 (before torch: it sets how long waiting CPU threads 
 import matplotlib
 import torch
 
+import diffusion
 import minimax
 import sample
 import turbo
 from nanodd import files
+from nanodd.errors import UserError
 from nanodd.judging import results
 
 matplotlib.use("Agg")                                           # no screen is needed
 from matplotlib import pyplot
 
-MAINS = {"minimax.py": minimax.main, "sample.py": sample.main, "turbo.py": turbo.main}
+MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main,
+         "turbo.py": turbo.main}
 
 # ----------------------------------------------------------------------------------------------------
 # 1. Rows
@@ -40,6 +43,14 @@ def missing(jobs, path):
     """The jobs, {key: function}, whose rows are not in the .jsonl file `path` yet."""
     measured = {key(row) for row in results.read_rows(path)}
     return {name: make for name, make in jobs.items() if name not in measured}
+
+
+def rows_to_show(path):
+    """The rows of the .jsonl file `path`. Raises UserError where there are none."""
+    rows = results.read_rows(path)
+    if not rows:
+        raise UserError(f"{path.name} has no rows yet: leave --tables out")
+    return rows
 
 
 def measure(jobs, path, where, summary):
@@ -79,7 +90,8 @@ def machine():
 
 
 def spread(row, name="", digits=1):
-    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f} ({row['runs']})"
+    """Mean ± sample standard deviation of what `summary` calls `name`; n stands elsewhere."""
+    return f"{row[f'{name}mean']:.{digits}f} ± {row[f'{name}std']:.{digits}f}"
 
 
 def table(head, lines):

@@ -2,13 +2,12 @@
 import itertools
 import re
 
-import torch
 
 import turbo
 from nanodd import recipes
 from nanodd.judging import results
 from nanodd.sampling import oversample, pilots
-from pages import PAGES
+from pages import PAGES, paired_gain
 
 DIGITS = PAGES["docs/digits.md"]
 
@@ -22,7 +21,7 @@ def test_each_section_begins_with_the_question_that_it_answers():
 
 def test_what_is_said_of_the_front_table_is_what_was_measured():
     import digits
-    from digits_tables import spread
+    from report import spread
     rows = results.read_rows(digits.RESULTS)
     of = {(row["row"], row["ipc"]): row for row in rows if row["table"] == "main"}
     ways = [f"**distilled{how}**" for how in ("", ", with modes", ", with modes, a quarter kept")]
@@ -112,8 +111,7 @@ def test_what_is_said_of_the_pairs_is_what_was_measured():
 
     def gain(one, two):
         """(mean, standard error) of the paired differences, and both in words."""
-        each = torch.tensor(of[one]).double() - torch.tensor(of[two]).double()
-        mean, error = each.mean().item(), each.std().item() / len(each) ** 0.5
+        mean, error = paired_gain(of[one], of[two])
         return mean, error, f"{mean:.2f} ± {error:.2f}"
     assert all(len(accuracies) == 10 for accuracies in of.values())
     diverse = "lambda_d 0.05, 5 steps"
@@ -172,7 +170,7 @@ def test_what_is_said_of_two_seconds_and_of_more_data_is_what_was_measured():
 
 def test_what_is_said_of_one_step_is_what_was_measured():
     import digits
-    from digits_tables import spread
+    from report import spread
     rows = results.read_rows(digits.RESULTS)
     of = {(row["row"], row["asked"]): row for row in rows if row["table"] == "turbo"}
     timed = {(row["row"], row["asked"]): row for row in rows if row["table"] == "turbo-seconds"}

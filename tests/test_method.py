@@ -11,7 +11,7 @@ import sample
 from gaussian import returned
 from nanodd.judging import results
 from nanodd.networks import models, training
-from pages import PAGES, ROOT, stands_once
+from pages import PAGES, ROOT, paired_gain, stands_once
 
 METHOD, USERS = PAGES["docs/method.md"], PAGES["docs/users.md"]
 
@@ -160,9 +160,8 @@ def test_what_is_said_of_digits_is_what_was_measured():
     of = {row["row"]: row for row in found if row["table"] == "pairs"}
     for one, two, words in (("lambda_d 0.05, 5 steps", "base model, 5 steps", " at 200 a class ("),
                             ("base model, 10 steps", "lambda_d 0.05, 5 steps", ", ")):
-        each = torch.tensor(of[one]["accuracy"]).double() - torch.tensor(of[two]["accuracy"]).double()
-        error = each.std() / len(each) ** 0.5
-        assert f"{each.mean():.2f} points more{words}standard error {error:.2f}" in METHOD
+        mean, error = paired_gain(of[one]["accuracy"], of[two]["accuracy"])
+        assert f"{mean:.2f} points more{words}standard error {error:.2f}" in METHOD
     kept, modes = (f"{of[name]['mean']:.1f} ± {of[name]['std']:.1f}" for name in (
         "base model, with modes, a quarter kept", "base model, with modes"))
     assert f"ten seeds make {kept}, without it {modes}" in USERS
