@@ -171,11 +171,11 @@ def train(judge, images, recipe, epochs, predict, rng, cpu_rng, start=0, optimiz
     predict: x (B, C, S, S) -> logits (B, K), the judge in bfloat16 or compiled where that was asked for. rng,
     cpu_rng: see dsa; on a CPU they are one generator. To resume: start is the next epoch, optimizer the last.
     """
-    protocol = PROTOCOLS[recipe.protocol]
+    protocol, gpu = PROTOCOLS[recipe.protocol], images.labels.is_cuda
     for epoch in range(start, epochs):
         rate = protocol.rate(epoch, epochs)
         if optimizer is None or (protocol.reset_optimizer and rate != optimizer.param_groups[0]["lr"]):
-            optimizer = torch.optim.SGD(judge.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(judge.parameters(), rate, momentum=0.9, weight_decay=5e-4, fused=gpu)
         optimizer.param_groups[0]["lr"] = rate
         judge.train()
         order = torch.randperm(len(images.labels), generator=rng, device=images.labels.device)     # (N,)
@@ -217,9 +217,9 @@ def train_rows(rows, test, recipe, num_evals=None, **how):
     train beside it; on a CPU to the bit, if torch has as many threads. Raises UserError where a loss is not
     finite. how: bf16, compiled.
     """
-    num_evals = num_evals or PROTOCOLS[recipe.protocol].num_evals
+    protocol = PROTOCOLS[recipe.protocol]
     return judges.side_by_side(rows, test, recipe, build=convnet.judge, train=train, accuracy=accuracy,
-                               num_evals=num_evals, **how)
+                               num_evals=num_evals or protocol.num_evals, batch=protocol.batch, **how)
 
 
 def train_judges(trains, test, recipe, epochs, seeds, **how):
@@ -248,12 +248,12 @@ def evaluate(sources, data, *, ipc, runs, seed, epochs=None, bf16=False, pool=No
     image, beside the ipc. data: Data, of ImageSets on the device. pool: a baselines.Pool that calls share.
     keep: a folder that saves the judges of stopped rows. compare: gives "metrics", see features.comparison.
     """
-    recipe, device = data.recipe, data.test.images.device
+    recipe, device, batch = data.recipe, data.test.images.device, PROTOCOLS[data.recipe.protocol].batch
     pool = pool or baselines.Pool(data, device, real_judge)
     seeds = [1000 * seed + r for r in range(runs)]              # of judges; random sets: 500 higher
     count = (lambda *_: epochs) if epochs else count_epochs
     rows = [pool.row(name, pda, ipc, seeds, count, (keep, bf16, compiled), compare) for name, pda in sources]
-    compiled = judges.compiles(compiled, rows, recipe, convnet.judge, device)
+    compiled = judges.compiles(compiled, rows, recipe, convnet.judge, device, batch, bf16)
     trained = train_rows(rows, data.test, recipe, bf16=bf16, compiled=compiled)
     how = {"device": str(device) + " bf16" * bf16 + " compiled" * compiled, "seed": seed}
     for row, (judged, seconds) in zip(rows, trained, strict=True):

@@ -5,10 +5,11 @@ No benchmark by itself. A row is made by commands that a reader can type, and ca
 import functools
 import itertools
 import json
+import os
 import pathlib
 import shlex
-import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ import diffusion
 import minimax
 import report
 import sample
+import turbo
 from nanodd import cli, files
-from nanodd.data import datasets
+from nanodd.data import datasets, imageset
 from nanodd.errors import UserError
 from nanodd.judging import results
 from nanodd.networks import checkpoint
@@ -28,37 +30,48 @@ from report import ROOT
 from throughput import flops, matrix_rate
 from train_eval import evaluate
 
-MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main}
+MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main,
+         "turbo.py": turbo.main}
 REAL, ALL = "real, at random", "all real images"
-BASE, FIFO, ADAPTIVE, SMALL = "base", "+ min-max, FIFO", "+ min-max, adaptive", "smaller base"
+BASE, FIFO, ADAPTIVE = "base", "+ min-max, FIFO", "+ min-max, adaptive"
+PULLED, KEPT, STUDENT = "base, towards modes", "base, a quarter kept", "one-step student"
 MODELS = BASE, FIFO, ADAPTIVE
-SAMPLERS, GUIDANCES = ("ddim", "dpm++2m"), (1, 1.5)
+SAMPLER = "dpm++2m"
 
 
 class Scale(NamedTuple):
     """How much of everything: the real thing, or the proof that it runs."""
     rows: pathlib.Path     # where they are kept
     base: str              # further words of diffusion.py
-    small: str             # the same, of the base model that goes to weights/
     tune: str              # of minimax.py
+    student: str           # of turbo.py
     draw: str              # of sample.py
-    steps: tuple           # of the sweep
-    tuned: tuple           # of the fine-tuned models in it; the first also for choosing sampler and guidance
+    choices: tuple         # (steps, guidance) to choose from, by sets of `pilot` images a class
+    pilot: int
+    steps: tuple           # of the sweep, most wanted first
+    tuned: tuple           # of the fine-tuned models in it
     budget: float          # seconds for each of its sets
     last: float            # seconds for the last set
-    ipcs: tuple            # how many of the last set's images a class judges learn from, most wanted first
+    ipcs: tuple            # how many of its images a class judges learn from, None for all; most wanted first
     real: tuple            # and how many real ones, some of the same
+    views: int             # how many images a judge of a whole set sees, by the challenge's protocol
+    modes: int             # of each class, for the row that is drawn towards them
     epochs: int | None     # of all judges; None: the protocol's
 
 
-# Blocks of 200 images, so that 20 seconds hold several even in 50 guided steps; 1,500 steps of fine-tuning
-# are two epochs. Nothing here was tuned.
-FULL = Scale(rows=ROOT / "results" / "cifar100.jsonl", base="--compile", small="--network XS --compile",
-             tune="--steps 1500", draw="--batch 200", steps=(5, 10, 15, 20, 25, 30, 50), tuned=(10, 50),
-             budget=20, last=600, ipcs=(50, 10, 100, 500), real=(10, 50), epochs=None)
-TINY = Scale(rows=pathlib.Path("out/cifar100-few/rows.jsonl"), base="--steps 20",
-             small="--network XS --steps 2", tune="--steps 4", draw="--batch 8", steps=(2, 4), tuned=(2, 4),
-             budget=3, last=6, ipcs=(2, 1), real=(1, 2), epochs=2)
+# 30,000 steps of the network of 7.5M parameters, whose weights are small enough to come with the code; blocks
+# of 200 images, so that five seconds hold several even in 50 guided steps; 500 steps of fine-tuning. A judge
+# of a whole set sees as many images as one of 50 a class: 1,001 epochs of 5,000. The last set has 60 of the
+# challenge's 600 seconds. But for the choices nothing was tuned.
+FULL = Scale(rows=ROOT / "results" / "cifar100.jsonl", base="--network XS --steps 30000 --compile",
+             tune="--steps 500", student="", draw="--batch 200",
+             choices=((10, 1), (10, 1.5), (10, 2), (20, 1.5)), pilot=50, steps=(10, 5, 20, 50, 15, 30, 25),
+             tuned=(10, 50), budget=5, last=60, ipcs=(None, 50, 10, 100), real=(10, 50), views=1001 * 5000,
+             modes=50, epochs=None)
+TINY = Scale(rows=pathlib.Path("out/cifar100-few/rows.jsonl"), base="--steps 20", tune="--steps 4",
+             student="--steps 2", draw="--batch 8", choices=((2, 1), (2, 1.5), (4, 1.5)), pilot=4,
+             steps=(2, 4), tuned=(2, 4), budget=3, last=6, ipcs=(None, 2, 1), real=(1, 2), views=240, modes=2,
+             epochs=2)
 
 
 class Run(NamedTuple):
@@ -69,6 +82,7 @@ class Run(NamedTuple):
     device_flags: list     # ["--device", NAME] where one was asked for
     device: torch.device
     data: datasets.Data                                         # on the CPU, but for the images to test on
+    comparison: Callable   # () -> compare: features.comparison with a judge of all real images
 
     @property
     def home(self):
@@ -91,31 +105,52 @@ def type_in(script, words):
     MAINS[script](list(words))
 
 
-def model_line(model, run):
-    """(the command that makes a model, its checkpoint)."""
-    base, tune = f"diffusion.py {run.data_flags}", f"minimax.py {run.data_flags} {run.scale.tune}"
-    lines = {BASE: (f"{base} {run.scale.base}", "base"),
-             SMALL: (f"{base} {run.scale.small} --out {run.home}/small", "small/base"),
-             FIFO: (tune, "minimax"),
-             ADAPTIVE: (f"{tune} --memory adaptive --out {run.home}/adaptive", "adaptive/minimax")}
-    line, name = lines[model]
-    return f"python {line}", run.home / f"{name}.safetensors"
+def base_line(run):
+    """The command that trains the base model."""
+    return f"python diffusion.py {run.data_flags} {run.scale.base}"
+
+
+def weights_of(path):
+    """The fingerprint that rows have of a checkpoint; of one that was rounded, the original's."""
+    header = files.read_header(path)
+    return header.get("rounded_from", header["fingerprint"])
+
+
+def base_of(run):
+    """The base model, in bfloat16 in weights/ so that it can come with the code; trained if it is not there.
+
+    Networks as wide draw in bfloat16, so that the original draws the same images to the bit.
+    """
+    kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / "base.safetensors"
+    if not kept.is_file():
+        type_in(*words_of(base_line(run), run))
+        path = run.home / "base.safetensors"
+        tensors = {name: tensor.bfloat16() for name, tensor in files.load_tensors(path).items()}
+        header = {**files.read_header(path), "command": base_line(run), "rounded_from": weights_of(path)}
+        checkpoint.save_checkpoint(kept, tensors, header)
+    return kept
 
 
 def made(model, run):
-    """(a model's checkpoint, all commands that make it), made where it is not there, its base before it.
+    """(a model's checkpoint, all commands that make it), made where it is not there.
 
     Raises UserError where rows are there of another model of that name.
     """
-    before = [made(BASE, run)[1]] if model in (FIFO, ADAPTIVE) else []
-    line, path = model_line(model, run)
-    type_in(*words_of(line, run))
-    mine = files.read_header(path)["fingerprint"]
-    if any(row.get("model") == model and row["weights"] != mine for row
+    path, lines = base_of(run), [base_line(run)]
+    if model != BASE:
+        base, flags = os.path.relpath(path), run.data_flags
+        tune = f"minimax.py {flags} {run.scale.tune} --base {base}"
+        words, name = {
+            FIFO: (tune, "minimax"),
+            ADAPTIVE: (f"{tune} --memory adaptive --out {run.home}/adaptive", "adaptive/minimax"),
+            STUDENT: (f"turbo.py {flags} --checkpoint {base} {run.scale.student}", "turbo")}[model]
+        path, lines = run.home / f"{name}.safetensors", [*lines, f"python {words}".rstrip()]
+        type_in(*words_of(lines[-1], run))
+    if any(row.get("model") == model and row["weights"] != weights_of(path) for row
            in results.read_rows(run.scale.rows)):
-        raise UserError(f"{run.scale.rows} has rows of another {path}: bring that model back, or delete the "
-                        "rows")
-    return path, "; ".join([*before, line])
+        raise UserError(f"{run.scale.rows} has rows of another {os.path.relpath(path)}: bring that model "
+                        "back, or delete the rows")
+    return path, "; ".join(lines)
 
 
 class Drawn(NamedTuple):
@@ -126,108 +161,108 @@ class Drawn(NamedTuple):
     facts: dict            # what a row says of it
 
 
-def drawn(model, sampler, steps, guidance, budget, run):
-    """A set drawn within the budget of seconds; one that is there is left alone, a stopped one goes on."""
-    (path, lines), last = made(model, run), budget == run.scale.last
-    name = path.relative_to(run.home).with_suffix("").as_posix().replace("/", "-")
-    out = run.home / "bench" / f"{name}-{sampler.replace('+', 'p')}-{steps}-{guidance:g}{'-last' * last}"
-    line = (f"python sample.py {run.data_flags} --checkpoint {path} --sampler {sampler} --steps {steps} "
-            f"--guidance {guidance:g} --seconds {budget:g} {run.scale.draw} --npz --out {out}")
+def drawn(model, steps, guidance, size, run, sampler=SAMPLER):
+    """A set of images; one that is there is left alone, a stopped one goes on.
+
+    size: words of sample.py that say how many images, and what else distinguishes the set: "--seconds 5".
+    """
+    path, lines = made(model, run)
+    name = {BASE: "base", FIFO: "fifo", ADAPTIVE: "adaptive", STUDENT: "student"}[model]
+    amount = size.replace(" --", "-").replace(" ", "")[2:]      # "seconds5", "seconds5-oversample4"
+    out = run.home / "bench" / f"{name}-{steps}-{guidance:g}-{amount}"
+    line = (f"python sample.py {run.data_flags} --checkpoint {os.path.relpath(path)} --sampler {sampler} "
+            f"--steps {steps} --guidance {guidance:g} {size} {run.scale.draw} --npz --out {out}")
     type_in(*words_of(line, run))
     record = json.loads((out / "distilled.json").read_text())
-    facts = {"model": model, "weights": files.read_header(path)["fingerprint"], "sampler": sampler,
-             "steps": steps,
-             "guidance": guidance, "budget": budget, "drawn": round(record["seconds"], 2)}
+    facts = {"model": model, "weights": weights_of(path), "sampler": sampler, "steps": steps,
+             "guidance": guidance, "budget": record["budget"],
+             "drawn": round(record["seconds"], 2)}
     return Drawn(f"{out}/distilled.npz", record["ipc"], f"{lines}; {line}", facts)
 
 
 # ----------------------------------------------------------------------------------------------------
-# 2. Choices: by short judges, on a fifth of the training images
+# 2. The choice of steps and guidance: by short judges, on a fifth of the training images
 #
-# The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. First the
-# sampler and the guidance of all sets, then the model and the steps of the last one. A pilot is a set of the
-# sweep's budget, cut to the size of the smallest among its rivals: the last table compares sets of one size,
-# so that the images' quality should decide, not their number.
+# The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. All rivals
+# draw as many images, so that their quality decides.
 
 
-#
-# The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. First the
-# sampler and the guidance of all sets, then the model and the steps of the last one. A pilot is a set of the
-# sweep's budget, cut to the size of the smallest among its rivals: the last table compares sets of one size,
-# so that the images' quality should decide, not their number.
-def pilot(found, rivals, run):
-    """A row: the accuracy of short judges on the set `found`, cut to the smallest of its rivals."""
-    row = judged(found.place, min(rival.ipc for rival in rivals), "short", run, pilots=True)
+def pilot_row(steps, guidance, run):
+    """A row: the accuracy of short judges on a set of the base model, drawn in so many steps."""
+    found = drawn(BASE, steps, guidance, f"--ipc {run.scale.pilot}", run)
+    row = judged(found.place, None, "short", run, pilots=True)
     return {**row, "train": "distilled", **found.facts, "command": found.lines}
 
 
-def best(name, run):
-    """The row of the table `name` with the highest accuracy."""
-    rows = [row for row in results.read_rows(run.scale.rows) if row["table"] == name]
-    return max(rows, key=lambda row: row["mean"])
-
-
-def as_chosen(model, steps, budget, run):
-    """A set, by the sampler and with the guidance that were chosen."""
-    chosen = best("choice", run)
-    return drawn(model, chosen["sampler"], steps, chosen["guidance"], budget, run)
-
-
-def first_pilot(sampler, guidance, run):
-    """A pilot for the sampler and the guidance of all sets."""
-    sets = {how: drawn(BASE, how[0], run.scale.tuned[0], how[1], run.scale.budget, run)
-            for how in itertools.product(SAMPLERS, GUIDANCES)}
-    return pilot(sets[sampler, guidance], sets.values(), run)
-
-
-def last_pilot(model, steps, run):
-    """A pilot for the model and the steps of the last set."""
-    sets = {how: as_chosen(*how, run.scale.budget, run)
-            for how in itertools.product(MODELS, run.scale.tuned)}
-    return pilot(sets[model, steps], sets.values(), run)
+def chosen(run):
+    """The row of the choice with the highest accuracy."""
+    return max((row for row in results.read_rows(run.scale.rows) if row["table"] == "choice"),
+               key=lambda row: row["mean"])
 
 
 # ----------------------------------------------------------------------------------------------------
 # 3. Rows
 
 
-def judged(source, ipc, protocol, run, pilots=False):
+def judged(source, ipc, protocol, run, images=None, pilots=False):
     """A row of three judges by either protocol, and the command that makes it.
 
-    pilots: of few judges, tested on a fifth of the training images instead, for which there is no command.
+    images: of a whole set; by the challenge's protocol its judges see run.scale.views of them, in fewer
+    epochs. pilots: of few judges, tested on a fifth of the training images instead, for which there is no
+    command.
     """
-    found = run.data._replace(recipe=replace(run.data.recipe, protocol=protocol))
+    found, epochs = run.data._replace(recipe=replace(run.data.recipe, protocol=protocol)), run.scale.epochs
     if pilots:
         held = datasets.split(found.train, .2)[1].to(run.device)
         found = found._replace(test=held, cut="tested on a fifth of the training images")
+    if images and protocol == "challenge":
+        epochs = max(1, run.scale.views // images)
     bf16 = protocol == "short" and cli.gains_from_bf16(run.device)
-    [row] = evaluate([(source, 0)], found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0,
-                     epochs=run.scale.epochs, bf16=bf16, keep=run.home / "judges")
-    line = f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 {source}"
-    return {**row, "command": line + (f" --ipc {ipc}" if ipc else "")}
+    [row] = evaluate([(source, 0)], found, ipc=ipc, runs=PILOT_JUDGES if pilots else 3, seed=0, epochs=epochs,
+                     bf16=bf16, keep=run.home / "judges", compare=None if pilots else run.comparison())
+    line = (f"python train_eval.py {run.data_flags} --protocol {protocol} --runs 3 --metrics {source}"
+            + (f" --ipc {ipc}" if ipc else "") + (f" --epochs {epochs}" if epochs else ""))
+    return {**row, "command": line}
 
 
 def set_row(found, ipc, protocol, run):
     """A row of judges that saw a drawn set, or the first ipc images of each class of it."""
-    row = judged(found.place, ipc, protocol, run)
+    row = judged(found.place, ipc, protocol, run, None if ipc else found.ipc * len(run.data.train.classes))
     return {**row, "train": "distilled", **found.facts, "command": f"{found.lines}; {row['command']}"}
 
 
-def sweep_row(model, steps, run):
-    return set_row(as_chosen(model, steps, run.scale.budget, run), None, "short", run)
+def sweep_row(model, steps, more, run):
+    """A row of the sweep, with the guidance that was chosen. more: of sample.py's words, or ""."""
+    size = f"--seconds {run.scale.budget:g} {more}".rstrip()
+    found = drawn(model, steps, chosen(run)["guidance"], size, run)
+    return set_row(found, None, "short", run)
+
+
+def student_row(run):
+    """A row of the sweep whose images took one call of a network each, without guidance."""
+    found = drawn(STUDENT, 1, 1, f"--seconds {run.scale.budget:g}", run, sampler="turbo")
+    return set_row(found, None, "short", run)
 
 
 def last_row(ipc, run):
-    chosen = best("last choice", run)
-    found = as_chosen(chosen["model"], chosen["steps"], run.scale.last, run)
-    if run.scale is FULL:
-        shutil.copy(pathlib.Path(found.place).with_suffix(".png"), ROOT / "assets" / "cifar100.png")
-    return set_row(found, min(ipc, found.ipc), "challenge", run)
+    """A row of the base model's last set, drawn as chosen: of the first ipc images a class, or all (None)."""
+    how = chosen(run)
+    found = drawn(BASE, how["steps"], how["guidance"], f"--seconds {run.scale.last:g}", run)
+    if run.scale is FULL:                                       # twelve of the sheet's rows of 32 + 2 pixels
+        sheet = imageset.open_image(pathlib.Path(found.place).with_suffix(".png"))
+        imageset.write_png(ROOT / "assets" / "cifar100.png", sheet[:, :12 * 34 + 2])
+    return set_row(found, ipc and min(ipc, found.ipc), "challenge", run)
+
+
+def real_row(source, ipc, protocol, run):
+    """A row of judges that saw real images: "random", ipc of each class, or "full"."""
+    return judged(source, ipc, protocol, run, None if ipc else len(run.data.train.labels))
 
 
 def speed_row(run):
     """How fast the base was trained, and its share of a matrix product's rate."""
-    path, line = made(BASE, run)
+    type_in(*words_of(base_line(run), run))
+    path = run.home / "base.safetensors"
     header, log = files.read_header(path), path.with_suffix(".log.jsonl").read_text().splitlines()
     settings, recipe, log = header["settings"], run.data.recipe, [json.loads(entry) for entry in log]
     rate = settings["batch"] * statistics.median(               # a stop, or compiling, slows one interval
@@ -235,43 +270,38 @@ def speed_row(run):
     model, x = diffusion.DiT(**header["config"]), torch.randn(1, recipe.channels, recipe.size, recipe.size)
     flop = flops(lambda: model(x, torch.tensor([500.]), torch.tensor([0])).sum().backward())
     product = matrix_rate(run.device, torch.bfloat16 if settings["bf16"] else torch.float32, 4096)
-    return {"data": run.data.name, "model": BASE, "weights": header["fingerprint"],
-            "images_per_second": round(rate, 1), "gflop_per_image": flop / 1e9,
+    return {"data": run.data.name, "bytes": base_of(run).stat().st_size, "model": BASE,
+            "weights": weights_of(path), "images_per_second": round(rate, 1), "gflop_per_image": flop / 1e9,
             "matrix_tflops": product / 1e12, "share": flop * rate / product,
             "steps": log[-1]["step"], "batch": settings["batch"], "bf16": settings["bf16"],
             "seconds": round(log[-1]["seconds"], 1), "device": str(run.device), "seed": settings["seed"],
-            "command": line}
-
-
-def small_row(run):
-    """Writes the smaller base model to weights/, in bfloat16; the row is of the float32 original."""
-    path, line = made(SMALL, run)
-    kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / path.name
-    checkpoint.save_checkpoint(kept,
-                              {name: tensor.bfloat16() for name, tensor in files.load_tensors(path).items()},
-                              {**files.read_header(path), "command": line})
-    return {**sweep_row(SMALL, run.scale.tuned[0], run), "bytes": kept.stat().st_size}
+            "command": base_line(run)}
 
 
 def jobs(scale):
     """{(table, row, what was asked): a function of the Run that makes it}, the order of the work."""
-    work = {("speed", BASE, None): speed_row}
-    for sampler, guidance in itertools.product(SAMPLERS, GUIDANCES):
-        work["choice", f"{sampler}, guidance {guidance:g}", scale.tuned[0]] = functools.partial(
-            first_pilot, sampler, guidance)
-    for model, steps in itertools.product(MODELS, scale.tuned):
-        work["last choice", model, steps] = functools.partial(last_pilot, model, steps)
-    for ipc in scale.ipcs:
-        work["last", "distilled", ipc] = functools.partial(last_row, ipc)
-        if ipc in scale.real:
-            work["last", REAL, ipc] = functools.partial(judged, "random", ipc, "challenge")
+    part, work = functools.partial, {("speed", BASE, None): speed_row}
+    for steps, guidance in scale.choices:
+        work["choice", f"guidance {guidance:g}", steps] = part(pilot_row, steps, guidance)
+    work["last", "distilled", scale.ipcs[0]] = part(last_row, scale.ipcs[0])
+    work["sweep", BASE, scale.tuned[0]] = part(sweep_row, BASE, scale.tuned[0], "")
+    work["last", "distilled", scale.ipcs[1]] = part(last_row, scale.ipcs[1])
+    work["sweep", ALL, None] = part(real_row, "full", None, "short")
+    for model, steps in [(FIFO, scale.tuned[0]), (ADAPTIVE, scale.tuned[0]),
+                         *((BASE, steps) for steps in scale.steps)]:
+        work["sweep", model, steps] = part(sweep_row, model, steps, "")
     for ipc in scale.real:
-        work["sweep", REAL, ipc] = functools.partial(judged, "random", ipc, "short")
-    work["sweep", ALL, None] = functools.partial(judged, "full", None, "short")
-    for model, steps in [*itertools.product(MODELS, scale.tuned), *((BASE, steps) for steps in scale.steps)]:
-        work["sweep", model, steps] = functools.partial(sweep_row, model, steps)
-    work["last", ALL, None] = functools.partial(judged, "full", None, "challenge")
-    work["sweep", SMALL, scale.tuned[0]] = small_row
+        work["sweep", REAL, ipc] = part(real_row, "random", ipc, "short")
+    for name, more in ((KEPT, "--oversample 4"), (PULLED, f"--modes {scale.modes}")):
+        work["sweep", name, scale.tuned[0]] = part(sweep_row, BASE, scale.tuned[0], more)
+    for model in (FIFO, ADAPTIVE):
+        work["sweep", model, scale.tuned[1]] = part(sweep_row, model, scale.tuned[1], "")
+    for ipc in scale.ipcs[2:]:
+        work["last", "distilled", ipc] = part(last_row, ipc)
+    for ipc in scale.real:
+        work["last", REAL, ipc] = part(real_row, "random", ipc, "challenge")
+    work["last", ALL, None] = part(real_row, "full", None, "challenge")
+    work["sweep", STUDENT, 1] = student_row
     return work
 
 

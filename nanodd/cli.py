@@ -37,7 +37,7 @@ FLAGS = {
                  help="bfloat16 arithmetic, one of a run's settings (default: where it is faster)"),
     "compile": dict(action=argparse.BooleanOptionalAction,
                     help="torch.compile the network: slower for a minute, then faster (default: only judges "
-                         "on a CPU that will see many images)"),
+                         "that will see many images)"),
     "recompute": dict(action="store_true",
                       help="gradient checkpointing: less memory, more work, since the activations of each "
                            "block are computed again in the backward pass"),

@@ -73,8 +73,8 @@ RECIPES = {
 }
 RECIPES["imagenet512"] = replace(RECIPES["imagenet"], name="imagenet512", size=64, weights="DiT-XL-2-512x512")
 # The challenge's two data sets at their own size, 256 tokens both. The judge's numbers are the challenge's.
-# 16,000 steps are 82 epochs of CIFAR-100, meant to take some ten minutes of a large GPU. Of the learning
-# rates from 4e-4 to 3.2e-3 the two largest, 1.6e-3 and more, did best on a stand-in (on a CPU: 600 steps of
+# 16,000 steps are 82 epochs of CIFAR-100, twelve minutes of an H100 when compiled (docs/log.md). Of the rates
+# from 4e-4 to 3.2e-3 the two largest, 1.6e-3 and more, did best on a stand-in (on a CPU: 600 steps of
 # 64 images of 8 pixels, a network as wide and a third as deep); a deeper network needs a smaller one. No
 # other number was tuned. CIFAR-10 was not part of the challenge.
 RECIPES["cifar100"] = replace(

@@ -197,13 +197,23 @@ def test_judges_are_compiled_where_asked_or_where_they_see_many_pixels(flags, pa
                                                                        capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    monkeypatch.setattr(judges, "PAYS", pays)
+    monkeypatch.setattr(judges, "PAYS", {"cpu": pays})
     alone(monkeypatch)
     train_eval.main(["random", "--ipc", "1", "--runs", "2", "--epochs", "1", *flags])
     assert len(compiled) == expected
     assert ("as they will see 20 images" in capsys.readouterr().err) == bool(expected)
     row = json.loads(open("out/digits/results.jsonl").readline())
     assert row["device"].endswith("compiled") == bool(expected)
+
+
+def test_on_a_gpu_whole_batches_replay_graphs_and_the_rest_of_an_epoch_is_not_compiled(monkeypatch):
+    """Each smaller batch would be compiled anew, in half a minute."""
+    asked, judge = [], lambda x: "judge"
+    monkeypatch.setattr(torch, "compile", lambda network, **how: asked.append(how) or (lambda x: "graph"))
+    network = judges.compiled_judge(judge, 4, torch.device("cuda"))
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}]
+    assert [network(torch.zeros(n)) for n in (4, 3, 1)] == ["graph", "judge", "judge"]
+    assert judges.compiled_judge(judge, 4, torch.device("cpu"))(torch.zeros(3)) == "graph" and asked[1] == {}
 
 
 def test_the_last_judge_of_a_row_trains_beside_the_first_of_the_next(two_threads, monkeypatch):

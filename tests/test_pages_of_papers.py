@@ -130,7 +130,7 @@ def test_the_speed_of_sdxl_turbo_is_what_was_measured():
 def test_every_finding_has_its_machine_and_its_date():
     findings = re.findall(r"^- \*\*[^*]+\.\*\* (.*)$", LOG, re.M)
     assert len(findings) == LOG.count("\n- ") > 20
-    machine = r"(?:EPYC|Xeon|one EPYC core|machine not recorded|counted, not timed)"
+    machine = r"(?:EPYC|Xeon|H100|one EPYC core|machine not recorded|counted, not timed)"
     date = r"(?:2026-11-\d\d|date not recorded)"
     assert all(re.search(rf"\. \({machine}, {date}\)$", text) for text in findings)
     tables = re.findall(r"^(.*)\n\n\|.*\n\|-", LOG, re.M)

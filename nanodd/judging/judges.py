@@ -147,14 +147,26 @@ def predictor(device, bf16, stop):
     return predict
 
 
-def train_one(run, test, recipe, epochs, train, accuracy, num_evals, bf16, compiled, checkpoint, stop=None):
+def compiled_judge(judge, batch, device):
+    """torch.compile of a judge. On a GPU it replays CUDA graphs, one for batches of `batch` images.
+
+    There the rest of an epoch, a smaller batch, is not compiled: each size of it would be, for half a minute.
+    """
+    if device.type != "cuda":
+        return torch.compile(judge)
+    replayed = torch.compile(judge, mode="reduce-overhead", dynamic=False)
+    return lambda x: replayed(x) if len(x) == batch else judge(x)
+
+
+def train_one(run, test, recipe, epochs, train, accuracy, num_evals, batch, bf16, compiled, checkpoint,
+              stop=None):
     """Trains a judge to its last epoch: (accuracies on `test`, in percent, at `num_evals` epochs; seconds).
 
     The epochs are evenly spread, and the last is one of them. The judge resumes from `checkpoint`, and is
     saved there every files.SAVE_EVERY seconds and at the end. stop: a threading.Event that ends the training.
     """
     began, predict = clock(), predictor(test.images.device, bf16, stop)
-    network = torch.compile(run.judge) if compiled else run.judge
+    network = compiled_judge(run.judge, batch, test.images.device) if compiled else run.judge
     eval_epochs = {round((i + 1) * epochs / num_evals) - 1 for i in range(num_evals)} | {epochs - 1}
     start, optimizer, accuracies, earlier = checkpoint.restore(run)
     loop = train(run.judge, run.images, recipe, epochs, functools.partial(predict, network),
@@ -222,13 +234,13 @@ def in_threads(work, jobs):
         torch.set_num_threads(threads)                          # the workers' number is process-wide, too
 
 
-def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, bf16=False, compiled=False):
+def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, batch, bf16=False, compiled=False):
     """Trains the judges recipe.net of all `rows`; yields, for each Row, ([(judge, accuracies)], seconds).
 
     test: an ImageSet on the device of the rows' sets. build: see new_run. train: the generator that trains
     one judge, (judge, images, recipe, epochs, predict, rng, cpu_rng, start, optimizer), which yields (epoch,
     optimizer, loss) after every epoch. accuracy: (predict, images, labels, recipe) -> percent, called at
-    `num_evals` epochs. seconds: of the row's judges, divided by how many train at once.
+    `num_evals` epochs. batch: images a step. seconds: of the row's judges, divided by how many train at once.
     Raises UserError where a loss is not finite.
     """
     size, sets = recipe.judge_size, [*itertools.chain(*(row.trains for row in rows)), test]
@@ -240,7 +252,7 @@ def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, bf16=
     def work(job, stop=None):
         row, run = job
         accuracies, seconds = train_one(run, sized[id(test)], recipe, row.epochs, train, accuracy, num_evals,
-                                        bf16, compiled, row.checkpoint, stop)
+                                        batch, bf16, compiled, row.checkpoint, stop)
         if row.name and not sys.stderr.isatty():
             print(printable(f"{row.name} | a judge of {len(row.seeds)} | {accuracies[-1]:.2f} %"),
                   file=sys.stderr, flush=True)
@@ -256,24 +268,25 @@ def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, bf16=
                    sum(seconds for _, _, seconds in done) / workers)
 
 
-PAYS = 2e8                     # images x epochs x pixels of all judges together (docs/log.md)
+PAYS = {"cpu": 2e8, "cuda": 3e9}    # images x epochs x pixels of all judges together (docs/log.md)
 
 
-def compiles(asked, rows, recipe, build, device):
+def compiles(asked, rows, recipe, build, device, batch, bf16):
     """Whether the judges of `rows` are compiled: as asked, or where that is None, where it pays.
 
-    It pays for ConvNets on a CPU, from PAYS on; elsewhere that is not measured. Tried on an untrained judge
-    first; prints what was decided, or why torch.compile does not work here.
+    It pays for ConvNets, from PAYS on; elsewhere that is not measured. Tried on an untrained judge first, in
+    a whole batch on a GPU; prints what was decided, or why torch.compile does not work here.
     """
     views = sum(row.epochs * len(part.labels) for row in rows for part in row.trains)
-    measured = device.type == "cpu" and recipe.net.startswith("convnet")
-    pays = measured and views * recipe.judge_size**2 >= PAYS
+    measured = device.type in PAYS and recipe.net.startswith("convnet")
+    pays = measured and views * recipe.judge_size**2 >= PAYS[device.type]
     if not (pays if asked is None else asked):
         return False
     network = build(recipe.net, recipe.judge_size, recipe.colours, len(rows[0].trains[0].classes)).to(device)
-    batch = torch.zeros(2, recipe.colours, recipe.judge_size, recipe.judge_size, device=device)
+    number, size = batch if device.type == "cuda" else 2, recipe.judge_size
+    images = torch.zeros(number, recipe.colours, size, size, device=device)
     try:
-        torch.compile(network)(batch).sum().backward()
+        predictor(device, bf16, None)(compiled_judge(network, batch, device), images).sum().backward()
     except RuntimeError as error:                               # no compiler, an unsupported Python, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"judges are not compiled, as torch.compile fails here: {reason}", file=sys.stderr)
