@@ -46,7 +46,8 @@ def test_the_judge_is_at_chance_on_shuffled_labels(monkeypatch):
 
 def test_the_rate_falls_with_a_fresh_optimizer_after_half(monkeypatch):
     made, real = [], torch.optim.SGD
-    monkeypatch.setattr(torch.optim, "SGD", lambda p, **how: made.append(how) or real(p, **how))
+    monkeypatch.setattr(torch.optim, "SGD",
+                        lambda p, lr, **how: made.append({"lr": lr, **how}) or real(p, lr, **how))
     ten = datasets.load("digits").train.pick(torch.arange(10))
     train_judge(ten, ten, plain, epochs=6, seed=0)
     assert [how["lr"] for how in made] == [0.01, pytest.approx(0.001)]
