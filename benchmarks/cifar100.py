@@ -10,7 +10,7 @@ steps each under one budget of seconds, as Fan et al.'s Table 3 has it; and the 
 ten. From its images three judges learn by the challenge's protocol, as they do from real ones. No choice sees
 the test split (cifar100_rows.py).
 Rows go to results/cifar100.jsonl, each with its commands, seconds, device and seed; tables, plots and contact
-sheet to docs/challenge.md and assets/; the base model to weights/, from where it is taken where it is there.
+sheet to docs/challenge.md and assets/; the base model to weights/, where it is kept and not trained again.
 Rows of two models are never mixed: keep out/cifar100 for as long as rows are missing.
 """
 import time
@@ -59,27 +59,33 @@ def tables(rows, scale=cifar100_rows.FULL):
                 if lines else "No row is measured yet.")
 
     def trained_on(row):
-        return row["row"] if row["row"] in (REAL, ALL) else f"{row['model']}, {row['steps']} steps"
+        name = row["model"] if row["table"] == "last" and "model" in row else row["row"]
+        return f"{name}, {row['steps']} step{'s' * (row['steps'] != 1)}" if "steps" in row else name
     common = {"trained on": trained_on, "images a class": lambda row: row["ipc"],
-              "drawn in, s": lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "real",
+              "drawn in, s": lambda row: f"{row['drawn']:.1f}" if "drawn" in row else "not drawn",
               "epochs": lambda row: row["epochs"], "accuracy, %": spread}
     near = {"precision": lambda row: f"{row['metrics']['precision']:.2f}",
             "recall": lambda row: f"{row['metrics']['recall']:.2f}"}
     speed = there.get(("speed", BASE, None))
+    asked = {key: key not in there for key in cifar100_rows.jobs(scale)}
+    left = "; ".join(f"{row}, {number or 'whole'} ({name})" for (name, row, number), is_left in asked.items()
+                     if is_left)
     return {
+        "cifar100 left": f"{list(asked.values()).count(False)} of {len(asked)} rows are measured."
+                         + f" Not measured yet: {left}." * bool(left),
         "cifar100 choice": part("choice", lambda who, asked: (asked, who), {
             "guidance": lambda row: f"{row['guidance']:g}", "steps": lambda row: row["steps"],
             "accuracy, %": spread}),
         "cifar100 last": part("last", lambda who, asked: (asked or math.inf, who != REAL), {
-            **common, "best epoch": lambda row: f"{row['best']:.1f}", **near,
+            **common, **near,
             "seconds to judge": lambda row: f"{row['seconds']:.0f}"}),
         "cifar100 sweep": part("sweep", lambda who, asked: (SWEEP_ORDER.index(who), asked or 0),
                                {**common, **near}),
         "cifar100 speed": "No speed is measured yet." if speed is None else
-            f"Training made {speed['images_per_second']:,.0f} images a second, at "
-            f"{100 * speed['share']:.0f} % of the rate of a matrix product in "
-            f"{'bfloat16' if speed['bf16'] else 'float32'} ({speed['matrix_tflops']:.0f} TFLOP/s): "
-            f"{speed['steps']:,} steps of {speed['batch']} images took {speed['seconds']:.0f} s "
+            f"{speed['steps']:,} training steps of {speed['batch']} images took {speed['seconds']:.0f} s, "
+            f"compiling included. The median tenth of them made {speed['images_per_second']:,.0f} images a "
+            f"second, {100 * speed['share']:.0f} % of the rate of a matrix product in "
+            f"{'bfloat16' if speed['bf16'] else 'float32'}, {speed['matrix_tflops']:.0f} TFLOP/s "
             f"({speed['machine']}).",
         "cifar100 pictures": "\n".join(f"![{what}](../assets/{name}.png)" for name, what in PICTURES.items()
                                        if (ROOT / "assets" / f"{name}.png").exists()),
@@ -100,7 +106,8 @@ def plot_steps(rows, budget, path):
                       [row["std"] for row in mine], marker="o", capsize=3, label=model)
     for row in rows:
         if row["row"] == REAL:
-            axes.axhline(row["mean"], color="grey", linestyle=":", label=f"{row['ipc']} real ones a class")
+            style = {10: ":", 50: "--"}.get(row["ipc"], "-")
+            axes.axhline(row["mean"], color="grey", linestyle=style, label=f"{row['ipc']} real ones a class")
     axes.set(xlabel="sampling steps", ylabel="accuracy, %",
              title=f"{budget:g} seconds of sampling for each set")
     save_plot(figure, axes, path, legend=True)
@@ -134,7 +141,8 @@ def machine(device):
     """The machine in words."""
     if device.type != "cuda":
         return report.machine()
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__.split('+')[0]}"
+    version = torch.__version__.split("+")[0]
+    return f"{torch.cuda.get_device_name(device)}, torch {version}, {time.strftime('%Y-%m-%d')}"
 
 
 class TimeIsUp(BaseException):

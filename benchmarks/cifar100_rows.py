@@ -16,22 +16,17 @@ from typing import NamedTuple
 import torch
 
 import diffusion
-import minimax
 import report
-import sample
-import turbo
 from nanodd import cli, files
 from nanodd.data import datasets, imageset
 from nanodd.errors import UserError
 from nanodd.judging import results
 from nanodd.networks import checkpoint
 from nanodd.sampling.pilots import PILOT_JUDGES
-from report import ROOT
+from report import MAINS, ROOT
 from throughput import flops, matrix_rate
 from train_eval import evaluate
 
-MAINS = {"diffusion.py": diffusion.main, "minimax.py": minimax.main, "sample.py": sample.main,
-         "turbo.py": turbo.main}
 REAL, ALL = "real, at random", "all real images"
 BASE, FIFO, ADAPTIVE = "base", "+ min-max, FIFO", "+ min-max, adaptive"
 PULLED, KEPT, STUDENT = "base, towards modes", "base, a quarter kept", "one-step student"
@@ -49,7 +44,7 @@ class Scale(NamedTuple):
     choices: tuple         # (steps, guidance) to choose from, by sets of `pilot` images a class
     pilot: int
     steps: tuple           # of the sweep, most wanted first
-    tuned: tuple           # of the fine-tuned models in it
+    tuned: int             # of the other models in it
     budget: float          # seconds for each of its sets
     last: float            # seconds for the last set
     ipcs: tuple            # how many of its images a class judges learn from, None for all; most wanted first
@@ -66,11 +61,11 @@ class Scale(NamedTuple):
 FULL = Scale(rows=ROOT / "results" / "cifar100.jsonl", base="--network XS --steps 30000 --compile",
              tune="--steps 500", student="", draw="--batch 200",
              choices=((10, 1), (10, 1.5), (10, 2), (20, 1.5)), pilot=50, steps=(10, 5, 20, 50, 15, 30, 25),
-             tuned=(10, 50), budget=5, last=60, ipcs=(None, 50, 10, 100), real=(10, 50), views=1001 * 5000,
+             tuned=10, budget=5, last=60, ipcs=(None, 50, 10, 100), real=(10, 50), views=1001 * 5000,
              modes=50, epochs=None)
 TINY = Scale(rows=pathlib.Path("out/cifar100-few/rows.jsonl"), base="--steps 20", tune="--steps 4",
              student="--steps 2", draw="--batch 8", choices=((2, 1), (2, 1.5), (4, 1.5)), pilot=4,
-             steps=(2, 4), tuned=(2, 4), budget=3, last=6, ipcs=(None, 2, 1), real=(1, 2), views=240, modes=2,
+             steps=(2, 4), tuned=2, budget=3, last=6, ipcs=(None, 2, 1), real=(1, 2), views=240, modes=2,
              epochs=2)
 
 
@@ -119,7 +114,7 @@ def weights_of(path):
 def base_of(run):
     """The base model, in bfloat16 in weights/ so that it can come with the code; trained if it is not there.
 
-    Networks as wide draw in bfloat16, so that the original draws the same images to the bit.
+    Where a network as wide draws in bfloat16, the original draws the same images to the bit.
     """
     kept = (ROOT if run.scale is FULL else run.home) / "weights" / run.data.name / "base.safetensors"
     if not kept.is_file():
@@ -132,11 +127,11 @@ def base_of(run):
 
 
 def made(model, run):
-    """(a model's checkpoint, all commands that make it), made where it is not there.
+    """(a model's checkpoint, the commands that make it of the base model), made where it is not there.
 
     Raises UserError where rows are there of another model of that name.
     """
-    path, lines = base_of(run), [base_line(run)]
+    path, lines = base_of(run), []
     if model != BASE:
         base, flags = os.path.relpath(path), run.data_flags
         tune = f"minimax.py {flags} {run.scale.tune} --base {base}"
@@ -144,20 +139,20 @@ def made(model, run):
             FIFO: (tune, "minimax"),
             ADAPTIVE: (f"{tune} --memory adaptive --out {run.home}/adaptive", "adaptive/minimax"),
             STUDENT: (f"turbo.py {flags} --checkpoint {base} {run.scale.student}", "turbo")}[model]
-        path, lines = run.home / f"{name}.safetensors", [*lines, f"python {words}".rstrip()]
-        type_in(*words_of(lines[-1], run))
+        path, lines = run.home / f"{name}.safetensors", [f"python {words}".rstrip()]
+        type_in(*words_of(lines[0], run))
     if any(row.get("model") == model and row["weights"] != weights_of(path) for row
            in results.read_rows(run.scale.rows)):
         raise UserError(f"{run.scale.rows} has rows of another {os.path.relpath(path)}: bring that model "
                         "back, or delete the rows")
-    return path, "; ".join(lines)
+    return path, lines
 
 
 class Drawn(NamedTuple):
     """A set of images, and how it came about."""
     place: str             # its distilled.npz
     ipc: int
-    lines: str             # all commands
+    lines: str             # the commands, from the base model on
     facts: dict            # what a row says of it
 
 
@@ -177,18 +172,18 @@ def drawn(model, steps, guidance, size, run, sampler=SAMPLER):
     facts = {"model": model, "weights": weights_of(path), "sampler": sampler, "steps": steps,
              "guidance": guidance, "budget": record["budget"],
              "drawn": round(record["seconds"], 2)}
-    return Drawn(f"{out}/distilled.npz", record["ipc"], f"{lines}; {line}", facts)
+    return Drawn(f"{out}/distilled.npz", record["ipc"], "; ".join([*lines, line]), facts)
 
 
 # ----------------------------------------------------------------------------------------------------
 # 2. The choice of steps and guidance: by short judges, on a fifth of the training images
 #
-# The generator learned from that fifth, no pilot's judge sees it, and the test split stays unseen. All rivals
-# draw as many images, so that their quality decides.
+# The generator learned from that fifth, no judge of this choice did, and the test split stays unseen.
+# All rivals draw as many images, so that quality decides, though a second holds twice as many unguided ones.
 
 
 def pilot_row(steps, guidance, run):
-    """A row: the accuracy of short judges on a set of the base model, drawn in so many steps."""
+    """A row: the accuracy of short judges on a set of the base model, and the commands that drew it."""
     found = drawn(BASE, steps, guidance, f"--ipc {run.scale.pilot}", run)
     row = judged(found.place, None, "short", run, pilots=True)
     return {**row, "train": "distilled", **found.facts, "command": found.lines}
@@ -207,9 +202,8 @@ def chosen(run):
 def judged(source, ipc, protocol, run, images=None, pilots=False):
     """A row of three judges by either protocol, and the command that makes it.
 
-    images: of a whole set; by the challenge's protocol its judges see run.scale.views of them, in fewer
-    epochs. pilots: of few judges, tested on a fifth of the training images instead, for which there is no
-    command.
+    images: of a whole set, whose judges by the challenge's protocol see run.scale.views images each, in fewer
+    epochs. pilots: few judges, tested on a fifth of the training images, for which there is no command.
     """
     found, epochs = run.data._replace(recipe=replace(run.data.recipe, protocol=protocol)), run.scale.epochs
     if pilots:
@@ -260,7 +254,7 @@ def real_row(source, ipc, protocol, run):
 
 
 def speed_row(run):
-    """How fast the base was trained, and its share of a matrix product's rate."""
+    """How fast the base is trained, anew if need be, and its share of a matrix product's rate."""
     type_in(*words_of(base_line(run), run))
     path = run.home / "base.safetensors"
     header, log = files.read_header(path), path.with_suffix(".log.jsonl").read_text().splitlines()
@@ -270,35 +264,31 @@ def speed_row(run):
     model, x = diffusion.DiT(**header["config"]), torch.randn(1, recipe.channels, recipe.size, recipe.size)
     flop = flops(lambda: model(x, torch.tensor([500.]), torch.tensor([0])).sum().backward())
     product = matrix_rate(run.device, torch.bfloat16 if settings["bf16"] else torch.float32, 4096)
-    return {"data": run.data.name, "bytes": base_of(run).stat().st_size, "model": BASE,
-            "weights": weights_of(path), "images_per_second": round(rate, 1), "gflop_per_image": flop / 1e9,
-            "matrix_tflops": product / 1e12, "share": flop * rate / product,
+    return {"data": run.data.name, "weights": weights_of(path), "images_per_second": round(rate, 1),
+            "gflop_per_image": flop / 1e9, "matrix_tflops": product / 1e12, "share": flop * rate / product,
             "steps": log[-1]["step"], "batch": settings["batch"], "bf16": settings["bf16"],
             "seconds": round(log[-1]["seconds"], 1), "device": str(run.device), "seed": settings["seed"],
             "command": base_line(run)}
 
 
 def jobs(scale):
-    """{(table, row, what was asked): a function of the Run that makes it}, the order of the work."""
-    part, work = functools.partial, {("speed", BASE, None): speed_row}
+    """{(table, row, what was asked): a function of the Run that makes it}, the most wanted first."""
+    part, work, few = functools.partial, {("speed", BASE, None): speed_row}, scale.tuned
     for steps, guidance in scale.choices:
         work["choice", f"guidance {guidance:g}", steps] = part(pilot_row, steps, guidance)
-    work["last", "distilled", scale.ipcs[0]] = part(last_row, scale.ipcs[0])
-    work["sweep", BASE, scale.tuned[0]] = part(sweep_row, BASE, scale.tuned[0], "")
-    work["last", "distilled", scale.ipcs[1]] = part(last_row, scale.ipcs[1])
+    whole, *cuts = scale.ipcs
+    work["last", "distilled", whole] = part(last_row, whole)
     work["sweep", ALL, None] = part(real_row, "full", None, "short")
-    for model, steps in [(FIFO, scale.tuned[0]), (ADAPTIVE, scale.tuned[0]),
-                         *((BASE, steps) for steps in scale.steps)]:
-        work["sweep", model, steps] = part(sweep_row, model, steps, "")
+    for model in MODELS:
+        work["sweep", model, few] = part(sweep_row, model, few, "")
+    for steps in scale.steps:
+        work["sweep", BASE, steps] = part(sweep_row, BASE, steps, "")
+    for ipc in cuts:
+        work["last", "distilled", ipc] = part(last_row, ipc)
+    for name, more in ((KEPT, "--oversample 4"), (PULLED, f"--modes {scale.modes}")):
+        work["sweep", name, few] = part(sweep_row, BASE, few, more)
     for ipc in scale.real:
         work["sweep", REAL, ipc] = part(real_row, "random", ipc, "short")
-    for name, more in ((KEPT, "--oversample 4"), (PULLED, f"--modes {scale.modes}")):
-        work["sweep", name, scale.tuned[0]] = part(sweep_row, BASE, scale.tuned[0], more)
-    for model in (FIFO, ADAPTIVE):
-        work["sweep", model, scale.tuned[1]] = part(sweep_row, model, scale.tuned[1], "")
-    for ipc in scale.ipcs[2:]:
-        work["last", "distilled", ipc] = part(last_row, ipc)
-    for ipc in scale.real:
         work["last", REAL, ipc] = part(real_row, "random", ipc, "challenge")
     work["last", ALL, None] = part(real_row, "full", None, "challenge")
     work["sweep", STUDENT, 1] = student_row

@@ -148,9 +148,9 @@ def predictor(device, bf16, stop):
 
 
 def compiled_judge(judge, batch, device):
-    """torch.compile of a judge. On a GPU it replays CUDA graphs, one for batches of `batch` images.
+    """torch.compile of a judge. On a GPU, whole batches of `batch` images replay a CUDA graph.
 
-    There the rest of an epoch, a smaller batch, is not compiled: each size of it would be, for half a minute.
+    There the smaller batch at the end of an epoch is not compiled: each size would take half a minute.
     """
     if device.type != "cuda":
         return torch.compile(judge)
@@ -268,25 +268,29 @@ def side_by_side(rows, test, recipe, *, build, train, accuracy, num_evals, batch
                    sum(seconds for _, _, seconds in done) / workers)
 
 
-PAYS = {"cpu": 2e8, "cuda": 3e9}    # images x epochs x pixels of all judges together (docs/log.md)
+PAYS = {"cpu": 2e8, "cuda": 3e9}    # judges x epochs x images x pixels of an image (docs/log.md)
 
 
 def compiles(asked, rows, recipe, build, device, batch, bf16):
     """Whether the judges of `rows` are compiled: as asked, or where that is None, where it pays.
 
-    It pays for ConvNets, from PAYS on; elsewhere that is not measured. Tried on an untrained judge first, in
-    a whole batch on a GPU; prints what was decided, or why torch.compile does not work here.
+    It pays for ConvNets, from PAYS on; elsewhere that is not measured. On a GPU only whole batches count.
+    Tried on an untrained judge first; prints what was decided, or why torch.compile does not work here.
     """
-    views = sum(row.epochs * len(part.labels) for row in rows for part in row.trains)
+    on_gpu = device.type == "cuda"
+    unit = batch if on_gpu else 1
+    views = sum(row.epochs * (len(part.labels) // unit * unit) for row in rows for part in row.trains)
     measured = device.type in PAYS and recipe.net.startswith("convnet")
     pays = measured and views * recipe.judge_size**2 >= PAYS[device.type]
-    if not (pays if asked is None else asked):
+    if not (pays if asked is None else asked) or views == 0:
         return False
     network = build(recipe.net, recipe.judge_size, recipe.colours, len(rows[0].trains[0].classes)).to(device)
-    number, size = batch if device.type == "cuda" else 2, recipe.judge_size
-    images = torch.zeros(number, recipe.colours, size, size, device=device)
+    size, predict = recipe.judge_size, predictor(device, bf16, None)
+    images = torch.zeros(batch if on_gpu else 2, recipe.colours, size, size, device=device)
     try:
-        predictor(device, bf16, None)(compiled_judge(network, batch, device), images).sum().backward()
+        compiled = compiled_judge(network, batch, device)
+        for _ in range(3 if on_gpu else 1):                     # a graph is recorded, then replayed
+            predict(compiled, images).sum().backward()
     except RuntimeError as error:                               # no compiler, an unsupported Python, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"judges are not compiled, as torch.compile fails here: {reason}", file=sys.stderr)
