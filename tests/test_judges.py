@@ -214,6 +214,8 @@ def test_on_a_gpu_whole_batches_replay_graphs_and_the_rest_of_an_epoch_is_not_co
     assert asked == [{"mode": "reduce-overhead", "dynamic": False}]
     assert [network(torch.zeros(n)) for n in (4, 3, 1)] == ["graph", "judge", "judge"]
     assert judges.compiled_judge(judge, 4, torch.device("cpu"))(torch.zeros(3)) == "graph" and asked[1] == {}
+    rows = [judges.Row(three_sets(), [0, 1, 2], 10**6)]         # no set has a whole batch
+    assert not judges.compiles(True, rows, plain, None, torch.device("cuda"), 10**5, False)
 
 
 def test_the_last_judge_of_a_row_trains_beside_the_first_of_the_next(two_threads, monkeypatch):
