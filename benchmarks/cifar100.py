@@ -25,8 +25,6 @@ import signal
 import sys
 from dataclasses import replace
 
-import torch
-
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -67,12 +65,12 @@ def tables(rows, scale=cifar100_rows.FULL):
     near = {"precision": lambda row: f"{row['metrics']['precision']:.2f}",
             "recall": lambda row: f"{row['metrics']['recall']:.2f}"}
     speed = there.get(("speed", BASE, None))
-    asked = {key: key not in there for key in cifar100_rows.jobs(scale)}
-    left = "; ".join(f"{row}, {number or 'whole'} ({name})" for (name, row, number), is_left in asked.items()
-                     if is_left)
+    keys = list(cifar100_rows.jobs(scale))
+    left = [f"{row}, {asked or 'whole'} ({name})" for name, row, asked in keys
+            if (name, row, asked) not in there]
     return {
-        "cifar100 left": f"{list(asked.values()).count(False)} of {len(asked)} rows are measured."
-                         + f" Not measured yet: {left}." * bool(left),
+        "cifar100 left": f"{len(keys) - len(left)} of {len(keys)} rows are measured."
+                         + f" Not measured yet: {'; '.join(left)}." * bool(left),
         "cifar100 choice": part("choice", lambda who, asked: (asked, who), {
             "guidance": lambda row: f"{row['guidance']:g}", "steps": lambda row: row["steps"],
             "accuracy, %": spread}),
@@ -104,10 +102,9 @@ def plot_steps(rows, budget, path):
         mine = sorted((row for row in rows if row["row"] == model), key=lambda row: row["steps"])
         axes.errorbar([row["steps"] for row in mine], [row["mean"] for row in mine],
                       [row["std"] for row in mine], marker="o", capsize=3, label=model)
-    for row in rows:
-        if row["row"] == REAL:
-            style = {10: ":", 50: "--"}.get(row["ipc"], "-")
-            axes.axhline(row["mean"], color="grey", linestyle=style, label=f"{row['ipc']} real ones a class")
+    real = [row for row in rows if row["row"] == REAL]
+    for row, style in zip(real, ("--", ":"), strict=False):
+        axes.axhline(row["mean"], color="grey", linestyle=style, label=f"{row['ipc']} real ones a class")
     axes.set(xlabel="sampling steps", ylabel="accuracy, %",
              title=f"{budget:g} seconds of sampling for each set")
     save_plot(figure, axes, path, legend=True)
@@ -135,14 +132,6 @@ def summary(row):
     if "mean" in row:
         return f"{row['mean']:.2f} +- {row['std']:.2f} %"
     return f"{row['images_per_second']:.1f} images/s, {100 * row['share']:.0f} % of a product"
-
-
-def machine(device):
-    """The machine in words."""
-    if device.type != "cuda":
-        return report.machine()
-    version = torch.__version__.split("+")[0]
-    return f"{torch.cuda.get_device_name(device)}, torch {version}, {time.strftime('%Y-%m-%d')}"
 
 
 class TimeIsUp(BaseException):
@@ -178,8 +167,8 @@ def start(args):
     else:
         found = datasets.load("cifar100", args.root)
         data_flags = "--data cifar100" + " --root DIR" * (args.root is not None)
-    scale, found = cifar100_rows.TINY if args.tiny else cifar100_rows.FULL, found._replace(
-        test=found.test.to(device))
+    scale = cifar100_rows.TINY if args.tiny else cifar100_rows.FULL
+    found = found._replace(test=found.test.to(device))
 
     @functools.cache
     def comparison():                                           # its judge learns once, by the short protocol
@@ -215,7 +204,7 @@ def main(argv=None):
                 run = start(args)
                 work = {key: functools.partial(make, run)
                         for key, make in cifar100_rows.missing(scale).items()}
-                measure(work, scale.rows, machine(run.device), summary)
+                measure(work, scale.rows, report.machine(run.device), summary)
         except TimeIsUp:
             print("the time is up")
         finally:

@@ -79,10 +79,12 @@ def summary(name, values):
             f"{prefix}std": round(statistics.stdev(values), 4)}
 
 
-def machine():
-    cores, version = torch.get_num_threads(), torch.__version__.split("+")[0]
+def machine(device=None):
+    """The machine in words: the GPU `device`, or else the CPU; torch's version and the date."""
     kind = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "CPU")
-    return f"{cores} cores of {kind}, torch {version}, {time.strftime('%Y-%m-%d')}"
+    on_gpu = device is not None and device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} cores of {kind}"
+    return f"{name}, torch {torch.__version__.split('+')[0]}, {time.strftime('%Y-%m-%d')}"
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ def refused(words, capsys):
 
 
 def test_a_cpu_is_not_kept_busy_for_weeks(capsys, monkeypatch):
-    monkeypatch.setattr(cifar100.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cifar100.torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert "there is no GPU here" in refused([], capsys)
 
 
